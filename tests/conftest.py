@@ -1,0 +1,31 @@
+"""What every test needs. The environment is set before any import can read it: the suite never touches the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+
+# The models of the suite are tiny: more threads than this cost more than they bring.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The root of the repository."""
+    return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir(repo_root: Path) -> Path:
+    """The folder `shared` beside the repository, with worked numbers to compare with. Skips where there is none."""
+    path = repo_root.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"no folder {path.name}/ beside the repository")
+    return path

@@ -1,0 +1,76 @@
+"""Generalised advantage estimation: hand numbers, its two ends, and ragged rows."""
+
+import pytest
+import torch
+
+from trl_ext.ops.advantages import gae
+
+NAN, INF = float("nan"), float("inf")
+REWARDS = torch.tensor([[1.0, 0.0, 2.0], [-1.0, NAN, INF]])
+VALUES = torch.tensor([[0.5, 1.0, 1.5], [2.0, -INF, NAN]])
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
+
+
+def test_by_hand():
+    # gamma 0.5, lam 0.5. Row 0, from the end: delta_2 = 2 + 0 - 1.5 = 0.5, delta_1 = 0 + 0.75 - 1 = -0.25,
+    # delta_0 = 1 + 0.5 - 0.5 = 1. A_2 = 0.5, A_1 = -0.25 + 0.25 * 0.5 = -0.125, A_0 = 1 - 0.25 * 0.125 = 0.96875.
+    # Row 1 ends after one token: A_0 = -1 - 2 = -3.
+    advantages, returns = gae(REWARDS, VALUES, MASK, gamma=0.5, lam=0.5)
+    assert advantages.tolist() == [[0.96875, -0.125, 0.5], [-3.0, 0.0, 0.0]]
+    assert returns.tolist() == [[1.46875, 0.875, 2.0], [-1.0, 0.0, 0.0]]
+
+
+def test_lambda_one_is_monte_carlo_minus_value():
+    # gamma 0.5: returns 1 + 0 + 0.25 * 2 = 1.5, 0.5 * 2 = 1, 2.
+    advantages, returns = gae(REWARDS, VALUES, MASK, gamma=0.5, lam=1.0)
+    assert returns.tolist() == [[1.5, 1.0, 2.0], [-1.0, 0.0, 0.0]]
+    assert torch.equal(advantages[0], returns[0] - VALUES[0])
+
+
+def test_lambda_zero_is_one_step_temporal_difference():
+    # gamma 1: r + V' - V.
+    advantages, _ = gae(REWARDS, VALUES, MASK, gamma=1.0, lam=0.0)
+    assert advantages.tolist() == [[1.5, 0.5, 0.5], [-3.0, 0.0, 0.0]]
+
+
+def test_a_perfect_critic_leaves_no_advantage():
+    values = torch.tensor([[3.0, 2.0, 2.0], [-1.0, 0.0, 0.0]])  # the rewards still to come
+    advantages, returns = gae(REWARDS, values, MASK, gamma=1.0, lam=0.95)
+    assert advantages.abs().max() == 0
+    assert torch.equal(returns, values)
+
+
+def test_more_padding_and_other_rows_change_nothing():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 4, 9, generator=generator)
+    lengths = torch.tensor([9, 4, 1, 0])
+    mask = torch.arange(9) < lengths.unsqueeze(1)
+    advantages, returns = gae(rewards, values, mask, 0.99, 0.95)
+    for row, length in enumerate(lengths.tolist()):
+        one = slice(row, row + 1)
+        alone = gae(rewards[one, :length], values[one, :length], mask[one, :length], 0.99, 0.95)
+        torch.testing.assert_close(advantages[one, :length], alone[0])
+        torch.testing.assert_close(returns[one, :length], alone[1])
+        assert not advantages[row, length:].any()
+        assert not returns[row, length:].any()
+
+
+def test_results_are_targets_and_inputs_are_left_alone():
+    rewards, values = REWARDS.clone(), VALUES.clone().requires_grad_()
+    advantages, returns = gae(rewards, values, MASK, 1.0, 0.95)
+    assert not advantages.requires_grad
+    assert not returns.requires_grad
+    torch.testing.assert_close(rewards, REWARDS, equal_nan=True, atol=0, rtol=0)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"rewards \(2, 3\), values \(2, 2\), mask \(2, 3\)"):
+        gae(REWARDS, VALUES[:, :2], MASK, 1.0, 0.95)
+    with pytest.raises(ValueError, match=r"\(B, T\)"):
+        gae(REWARDS[0], VALUES[0], MASK[0], 1.0, 0.95)
+    with pytest.raises(ValueError, match="gamma"):
+        gae(REWARDS, VALUES, MASK, 1.1, 0.95)
+    with pytest.raises(ValueError, match="lam"):
+        gae(REWARDS, VALUES, MASK, 1.0, -0.1)
+    with pytest.raises(ValueError, match="prefix"):
+        gae(REWARDS, VALUES, torch.tensor([[1, 1, 1], [0, 1, 0]]), 1.0, 0.95)

@@ -1,0 +1,107 @@
+"""The KL estimators and the controllers of the coefficient."""
+
+import math
+
+import pytest
+import torch
+
+from trl_ext.ops.kl import AdaptiveKL, FixedKL, PenaltyKL, kl_estimate
+
+LOGPS = torch.tensor([-1.0, -0.5, -2.0])
+REF_LOGPS = torch.tensor([-1.2, -0.4, -1.5])
+
+
+def test_estimators_by_hand():
+    # d = (0.2, -0.1, -0.5)
+    torch.testing.assert_close(kl_estimate(LOGPS, REF_LOGPS, "k1"), torch.tensor([0.2, -0.1, -0.5]))
+    torch.testing.assert_close(kl_estimate(LOGPS, REF_LOGPS, "k2"), torch.tensor([0.02, 0.005, 0.125]))
+    # exp(-0.2) - 1 + 0.2 = 0.8187308 - 0.8;  exp(0.1) - 1 - 0.1 = 1.1051709 - 1.1;  exp(0.5) - 1.5 = 1.6487213 - 1.5
+    k3 = torch.tensor([0.0187308, 0.0051709, 0.1487213])
+    torch.testing.assert_close(kl_estimate(LOGPS, REF_LOGPS, "k3"), k3, atol=1e-6, rtol=0)
+
+
+def test_k1_and_k3_are_unbiased_and_k2_is_not():
+    # Two tokens: the expectation over the policy is a sum of two terms, exact.
+    # KL = 0.7 ln 1.75 + 0.3 ln 0.5 = 0.183787; the mean of k2 is 0.5 (0.7 (ln 1.75)^2 + 0.3 (ln 0.5)^2) = 0.181677.
+    policy = torch.tensor([0.7, 0.3], dtype=torch.float64)
+    reference = torch.tensor([0.4, 0.6], dtype=torch.float64)
+    kl = (policy * (policy / reference).log()).sum()
+    for estimator, error in (("k1", 0.0), ("k3", 0.0), ("k2", 0.00211)):
+        mean = (policy * kl_estimate(policy.log(), reference.log(), estimator)).sum()
+        assert abs(mean - kl).item() == pytest.approx(error, abs=1e-6 if error else 1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_equal_logps_have_kl_exactly_zero(estimator):
+    assert torch.equal(kl_estimate(LOGPS, LOGPS.clone(), estimator), torch.zeros(3))
+
+
+def test_k3_keeps_its_digits_near_zero():
+    # k3 is about d^2 / 2 there; exp(-d) - 1 in float32 would leave none of them.
+    d = torch.tensor([1e-3])
+    assert kl_estimate(d, torch.zeros(1), "k3").item() == pytest.approx(4.998e-7, rel=1e-3)
+
+
+def test_estimate_refuses_unknown_names_and_other_shapes():
+    with pytest.raises(ValueError, match=r"'k4'; choose one of k1, k2, k3"):
+        kl_estimate(LOGPS, REF_LOGPS, "k4")
+    with pytest.raises(ValueError, match=r"logps \(3,\), ref_logps \(2,\)"):
+        kl_estimate(LOGPS, REF_LOGPS[:2], "k1")
+
+
+def test_fixed_stays():
+    controller = FixedKL(0.05)
+    assert controller.update(100.0, 64) == 0.05
+    assert controller.coef == 0.05
+
+
+def test_adaptive_by_hand():
+    # n / horizon = 0.1, target 6.
+    controller = AdaptiveKL(0.5, target=6, horizon=1000)
+    assert controller.update(6.6, 100) == pytest.approx(0.5 * 1.01)  # 10 % above: e = 0.1
+    assert controller.update(60.0, 100) == pytest.approx(0.505 * 1.02)  # far above: e = 0.2
+    assert controller.update(-3.0, 100) == pytest.approx(0.5151 * 0.98)  # k1 may be negative: e = -0.2
+    assert controller.update(6.0, 100) == controller.coef == pytest.approx(0.504798)  # on target
+
+
+def test_adaptive_refuses_a_batch_that_would_turn_the_coefficient_negative():
+    controller = AdaptiveKL(0.5, target=6, horizon=100)
+    with pytest.raises(ValueError, match="horizon"):
+        controller.update(0.0, 500)
+    assert controller.update(0.0, 499) > 0
+
+
+def test_penalty_doubles_and_halves_beyond_a_factor_of_one_and_a_half():
+    controller = PenaltyKL(1.0, target=6)
+    assert [controller.update(kl, 1) for kl in (9.1, 9.0, 4.0, 3.9, 3.9)] == [2.0, 2.0, 2.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("make", [FixedKL, lambda c: AdaptiveKL(c, 6, 1000), lambda c: PenaltyKL(c, 6)])
+def test_state_survives_a_checkpoint(make):
+    controller = make(0.05)
+    controller.update(60.0, 100)
+    resumed = make(0.9)
+    resumed.load_state_dict(controller.state_dict())
+    assert resumed.coef == controller.coef
+    assert resumed.update(60.0, 100) == controller.update(60.0, 100)
+
+
+@pytest.mark.parametrize("make", [FixedKL, lambda c: AdaptiveKL(c, 6, 1000), lambda c: PenaltyKL(c, 6)])
+def test_bad_observations_are_errors(make):
+    for coef in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="coef"):
+            make(coef)
+    for kl in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="observed KL"):
+            make(0.1).update(kl, 1)
+    with pytest.raises(ValueError, match="n=0"):
+        make(0.1).update(1.0, 0)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_bad_targets_and_horizons_are_errors(bad):
+    for make in (lambda: AdaptiveKL(0.1, bad, 10), lambda: PenaltyKL(0.1, bad)):
+        with pytest.raises(ValueError, match="target"):
+            make()
+    with pytest.raises(ValueError, match="horizon"):
+        AdaptiveKL(0.1, 6, bad)

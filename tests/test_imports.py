@@ -1,0 +1,157 @@
+"""Who may import whom, read from the source: every import statement counts, also one inside a function.
+
+recipes -> <method>/trainer -> <method>/{rollout, rewards, losses, data, config} -> ops. Trainers and rollouts use roles.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = REPO_ROOT / "trl_ext"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 320
+
+# Folder -> folders of trl_ext that its files may import (their own always).
+ALLOWED = {
+    "ops": set(),
+    "roles": {"ops"},
+    "data": {"ops"},
+    "toy": {"ops", "roles", "data"},
+    "ppo": {"ops", "roles", "data"},
+    "reward": {"ops", "roles", "data"},
+    "rrhf": {"ops", "roles", "data"},
+}
+METHODS = ("ppo", "reward", "rrhf")
+# Files of a method that are functions of tensors and settings: they do not know the shared model.
+MODEL_FREE = ("config.py", "losses.py", "rewards.py", "data.py")
+
+
+def for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imported_modules(source: str, package: str, typing: bool = True) -> set[str]:
+    """Full names of all modules that `source`, a module of `package`, imports; `from a import b` gives a and a.b.
+
+    `typing=False` leaves out those under `if TYPE_CHECKING`, which are not there when the code runs.
+    """
+    tree = ast.parse(source)
+    hidden = set()
+    if not typing:
+        hidden = {inner for block in ast.walk(tree) if for_type_checkers(block) for inner in ast.walk(block)}
+    names = set()
+    for node in set(ast.walk(tree)) - hidden:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
+            names.add(base)
+            names.update(f"{base}.{alias.name}" for alias in node.names)
+    return names
+
+
+def imports_of(path: Path, typing: bool = True) -> set[str]:
+    return imported_modules(path.read_text(), ".".join(path.relative_to(REPO_ROOT).parent.parts), typing)
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def folder_of(path: Path) -> str:
+    """The folder of trl_ext that a file belongs to; "" for those directly in trl_ext."""
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+each_file = pytest.mark.parametrize("path", FILES, ids=name_of)
+
+
+def test_the_reader_sees_every_kind_of_import():
+    source = """
+import os, torch.nn as nn
+from peft import LoraConfig
+from . import losses
+from .losses import policy_loss
+from ..ops import kl
+if TYPE_CHECKING:
+    import datasets
+def late():
+    if True:
+        import trl.trainer
+"""
+    at_run_time = {
+        "os", "torch.nn", "peft", "peft.LoraConfig", "trl_ext.ppo", "trl_ext.ppo.losses",
+        "trl_ext.ppo.losses.policy_loss", "trl_ext.ops", "trl_ext.ops.kl", "trl.trainer",
+    }  # fmt: skip
+    assert imported_modules(source, "trl_ext.ppo", typing=False) == at_run_time
+    assert imported_modules(source, "trl_ext.ppo") == at_run_time | {"datasets"}
+
+
+def test_every_folder_has_its_rule():
+    folders = {folder_of(path) for path in FILES} - {""}
+    assert folders <= set(ALLOWED), "give the new folder its line in ALLOWED"
+
+
+@each_file
+def test_folders_import_only_what_they_may(path):
+    folder = folder_of(path)
+    if not folder:
+        pytest.skip("the package itself, which names what is public, may import from every folder")
+    own = {name.split(".")[1] for name in imports_of(path) if name.startswith("trl_ext.")}
+    assert own <= ALLOWED[folder] | {folder}
+
+
+@each_file
+def test_only_roles_imports_peft_and_bitsandbytes(path):
+    if folder_of(path) != "roles":
+        assert not {"peft", "bitsandbytes"} & set(map(top, imports_of(path)))
+
+
+@each_file
+def test_trl_is_imported_only_in_configs_trainers_and_data(path):
+    if path.name not in ("config.py", "trainer.py") and folder_of(path) != "data":
+        assert "trl" not in set(map(top, imports_of(path)))
+
+
+@each_file
+def test_ops_and_losses_import_only_torch(path):
+    if folder_of(path) == "ops" or path.name == "losses.py":
+        for name in imports_of(path):
+            assert top(name) == "torch" or top(name) in sys.stdlib_module_names or name.startswith("trl_ext.ops")
+
+
+@each_file
+def test_inside_a_method_nothing_points_back_up(path):
+    if folder_of(path) not in METHODS:
+        pytest.skip("not a method")
+    method = f"trl_ext.{folder_of(path)}"
+    imports = imports_of(path, typing=False)
+    if path.name != "__init__.py":
+        assert not [name for name in imports if name.startswith(f"{method}.trainer")]
+    if path.name in MODEL_FREE:
+        assert not [name for name in imports if name.startswith("trl_ext.roles")]
+    if path.name == "losses.py":
+        assert not [name for name in imports if name.startswith(method)]
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    eager = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = set().union(*(imported_modules(ast.unparse(node), "trl_ext") for node in eager))
+    assert {top(name) for name in names} <= sys.stdlib_module_names
+
+
+@each_file
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) < MAX_LINES, "a file that wants to be longer is two files"

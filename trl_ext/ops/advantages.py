@@ -1,0 +1,51 @@
+"""Generalised advantage estimation."""
+
+import torch
+from torch import Tensor
+
+from trl_ext.ops.masking import check_same_shape
+
+
+@torch.no_grad()
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of responses that are padded on the right.
+
+        delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        R_t = A_t + V_t
+
+    where V and A after the last token are 0: the response is over. Both results are targets and carry no gradient.
+
+    Source: Schulman et al. 2016, arXiv 1506.02438, equation 16.
+
+    Args:
+        rewards: r, (B, T), floating point.
+        values: V, the critic's value of the state before each token, (B, T).
+        mask: 1 on the tokens of the response, a prefix of each row, (B, T). What `rewards` and `values` hold elsewhere
+            does not matter.
+        gamma: discount, in [0, 1].
+        lam: 1 is Monte Carlo, 0 is one-step temporal difference, in [0, 1].
+
+    Returns:
+        (advantages, returns), (B, T) each, 0 where mask is 0.
+
+    Raises:
+        ValueError: the shapes differ or are not (B, T), gamma or lam is out of range, or a row of the mask is not a
+            prefix of ones.
+    """
+    check_same_shape(rewards=rewards, values=values, mask=mask)
+    if mask.ndim != 2:
+        raise ValueError(f"rewards, values and mask must be (B, T), got {tuple(mask.shape)}")
+    for name, number in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {number}")
+    mask = mask.bool()
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise ValueError("mask must be a prefix of ones in each row (responses are padded on the right)")
+
+    # Zeros after the last token make it an ordinary one: its next value is 0, and so is every delta behind it.
+    rewards = torch.where(mask, rewards, 0)
+    values = torch.where(mask, values, 0)
+    next_values = torch.cat([values[:, 1:], values.new_zeros(values.shape[0], 1)], dim=1)
+    advantages = rewards + gamma * next_values - values
+    for t in reversed(range(mask.shape[1] - 1)):
+        advantages[:, t] += gamma * lam * advantages[:, t + 1]
+    return advantages, advantages + values

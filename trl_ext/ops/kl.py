@@ -1,0 +1,166 @@
+"""The KL penalty: its estimate from samples, and the controllers of its coefficient."""
+
+import math
+from typing import Protocol
+
+from torch import Tensor
+
+from trl_ext.ops.masking import check_same_shape
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
+    """An estimate of KL(policy, reference) from each token, which the policy sampled.
+
+    With d = logps - ref_logps:
+
+        k1 = d                      unbiased, may be negative
+        k2 = d^2 / 2                biased, never negative; its gradient is, on average, that of the KL
+        k3 = exp(-d) - 1 + d        unbiased, never negative
+
+    Source: Schulman, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
+
+    Args:
+        logps: log-probabilities under the policy, any shape.
+        ref_logps: log-probabilities of the same tokens under the reference, same shape.
+        estimator: "k1", "k2" or "k3".
+
+    Returns:
+        The estimate, elementwise, same shape.
+
+    Raises:
+        ValueError: the shapes differ, or the estimator is unknown.
+    """
+    check_same_shape(logps=logps, ref_logps=ref_logps)
+    difference = logps - ref_logps
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return 0.5 * difference.square()
+    if estimator == "k3":
+        return (-difference).expm1() + difference
+    raise ValueError(f"unknown KL estimator {estimator!r}; choose one of {', '.join(KL_ESTIMATORS)}")
+
+
+class KLController(Protocol):
+    """What the trainer needs of a controller: a coefficient that follows the KL seen after each rollout."""
+
+    coef: float
+
+    def update(self, kl: float, n: int) -> float: ...
+
+    def state_dict(self) -> dict[str, float]: ...
+
+    def load_state_dict(self, state: dict[str, float]) -> None: ...
+
+
+class FixedKL:
+    """A coefficient that never changes.
+
+    Args:
+        coef: the coefficient, finite and not negative.
+
+    Raises:
+        ValueError: a bad argument; in `update`, a KL that is not finite.
+    """
+
+    def __init__(self, coef: float) -> None:
+        self.coef = _non_negative("coef", coef)
+
+    def update(self, kl: float, n: int) -> float:
+        """Takes a batch's mean KL of a sequence, in nats, and its number of sequences. Returns the coefficient."""
+        _check_observation(kl, n)
+        return self.coef
+
+    def state_dict(self) -> dict[str, float]:
+        """All that changes during training: the coefficient."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continues from what `state_dict` returned."""
+        self.coef = _non_negative("coef", state["coef"])
+
+
+class AdaptiveKL(FixedKL):
+    """A proportional controller: the coefficient grows while the KL is above its target and shrinks below it.
+
+        e = clip(KL / target - 1, -0.2, 0.2)        coef <- coef (1 + e n / horizon)
+
+    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
+
+    Args:
+        coef: the starting coefficient, finite and not negative.
+        target: the KL of a sequence to hold, in nats, positive.
+        horizon: how slow to be, in samples, positive: at the bound of e, `horizon` samples change coef by 20 %.
+
+    Raises:
+        ValueError: a bad argument; in `update`, a KL that is not finite, or a batch of 5 horizons or more, which could
+            make the coefficient zero or negative.
+    """
+
+    def __init__(self, coef: float, target: float, horizon: float) -> None:
+        super().__init__(coef)
+        self.target = _positive("target", target)
+        self.horizon = _positive("horizon", horizon)
+
+    def update(self, kl: float, n: int) -> float:
+        """Takes a batch's mean KL of a sequence, in nats, and its number of sequences. Returns the new coefficient."""
+        kl = _check_observation(kl, n)
+        if n >= 5 * self.horizon:
+            raise ValueError(f"horizon={self.horizon} (in samples) is too short for a batch of {n}; raise it")
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * n / self.horizon
+        return self.coef
+
+
+class PenaltyKL(FixedKL):
+    """PPO's adaptive penalty: the coefficient doubles or halves when the KL is 1.5 times off its target.
+
+        KL > 1.5 target:  coef <- 2 coef        KL < target / 1.5:  coef <- coef / 2
+
+    Source: Schulman et al. 2017, arXiv 1707.06347, section 4.
+
+    Args:
+        coef: the starting coefficient, finite and not negative.
+        target: the KL of a sequence to hold, in nats, positive.
+
+    Raises:
+        ValueError: a bad argument; in `update`, a KL that is not finite.
+    """
+
+    def __init__(self, coef: float, target: float) -> None:
+        super().__init__(coef)
+        self.target = _positive("target", target)
+
+    def update(self, kl: float, n: int) -> float:
+        """Takes a batch's mean KL of a sequence, in nats, and its number of sequences. Returns the new coefficient."""
+        kl = _check_observation(kl, n)
+        if kl > 1.5 * self.target:
+            self.coef *= 2
+        elif kl < self.target / 1.5:
+            self.coef /= 2
+        return self.coef
+
+
+def _non_negative(name: str, value: float) -> float:
+    value = float(value)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return value
+
+
+def _positive(name: str, value: float) -> float:
+    value = float(value)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and positive, got {value}")
+    return value
+
+
+def _check_observation(kl: float, n: int) -> float:
+    kl = float(kl)
+    if not math.isfinite(kl):
+        raise ValueError(f"the observed KL is {kl}: the log-probabilities of this batch are not finite")
+    if n < 1:
+        raise ValueError(f"the KL must come from at least one sample, got n={n}")
+    return kl

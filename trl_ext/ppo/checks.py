@@ -1,0 +1,136 @@
+"""What can be found wrong before a model is loaded, and what reward functions may return."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+
+LONGEST_TO_CHECK = 16
+
+
+def check_prompts(dataset: Any, name: str) -> None:
+    """A dataset of prompts: a column `prompt`, at least one row, no empty prompt.
+
+    Raises:
+        ValueError: What is missing, by dataset and row.
+    """
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_prompts(part, f"{name}[{key!r}]")
+        return
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"{name} must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"{name} has no column 'prompt', only {dataset.column_names}. Rename one: "
+            "dataset.rename_column('your_column', 'prompt')."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: give at least one prompt.")
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise ValueError(
+                f"{name} row {row} has an empty prompt ({prompt!r}). Drop such rows: "
+                "dataset.filter(lambda row: row['prompt'])."
+            )
+
+
+def check_lengths(dataset: Any, name: str, tokenizer: Any, max_completion_length: int, positions: int | None) -> None:
+    """The longest prompts (by characters) and a whole completion must fit the model's positions.
+
+    Raises:
+        ValueError: By how much they do not, and for which row.
+    """
+    if positions is None:
+        return
+    if max_completion_length >= positions:
+        raise ValueError(
+            f"max_completion_length={max_completion_length} leaves no room for a prompt: the model has {positions} "
+            "positions. Lower max_completion_length."
+        )
+    if not isinstance(dataset, Dataset):
+        return
+    sizes = [len(p) if isinstance(p, str) else sum(len(str(m.get("content"))) for m in p) for p in dataset["prompt"]]
+    for row in sorted(range(len(sizes)), key=sizes.__getitem__)[-LONGEST_TO_CHECK:]:
+        prompt = dataset[row]["prompt"]
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if len(ids) + max_completion_length > positions:
+            raise ValueError(
+                f"{name} row {row}: a prompt of {len(ids)} tokens and max_completion_length={max_completion_length} "
+                f"exceed the model's {positions} positions. Lower max_completion_length to at most "
+                f"{positions - len(ids)}, or drop prompts of that length."
+            )
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """A tokenizer needs an end-of-sequence token; a missing pad token is replaced by it.
+
+    Raises:
+        ValueError: No eos token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no eos_token, so no completion can end. Set it: tokenizer.eos_token = '...', with a "
+            "token that your SFT data ends with."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+
+
+def checked_reward(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same reward function, sync or async, with what it returns checked.
+
+    One number per completion; `None` where it does not apply, as in TRL.
+
+    Raises (from the returned function):
+        ValueError: Another number of rewards, or one that is NaN, infinite or no number; with the function's name,
+            the sample and its completion.
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+
+    def check(rewards: Any, completions: list[Any]) -> Any:
+        rewards = rewards.tolist() if hasattr(rewards, "tolist") else list(rewards)
+        if len(rewards) != len(completions):
+            raise ValueError(
+                f"reward function {name!r} returned {len(rewards)} rewards for {len(completions)} completions: return "
+                "exactly one per completion."
+            )
+        for i, reward in enumerate(rewards):
+            if reward is None:
+                continue
+            try:
+                finite = math.isfinite(reward)
+            except TypeError:
+                finite = False
+            if not finite:
+                raise ValueError(
+                    f"reward function {name!r} returned {reward!r} for sample {i}, completion {completions[i]!r}. "
+                    "Return a finite number, or None where the reward does not apply."
+                )
+        return rewards
+
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+
+        @functools.wraps(function, updated=())
+        async def checked_async(*args: Any, **kwargs: Any) -> Any:
+            return check(await function(*args, **kwargs), kwargs["completions"])
+
+        checked_async.__name__ = name
+        return checked_async
+
+    @functools.wraps(function, updated=())
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        return check(function(*args, **kwargs), kwargs["completions"])
+
+    checked.__name__ = name
+    return checked

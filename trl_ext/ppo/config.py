@@ -1,0 +1,205 @@
+"""Configuration of PPO-Max: RLOO's, plus one field for every trick.
+
+Deviations from Zheng et al. 2023 (arXiv 2307.04964): the reward clip is 0.8, the value in the second paper's released
+runs; the horizon of the adaptive KL controller is given in rollout batches by default, since its 10,000 episodes belong
+to a batch of 512.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import RLOOConfig
+
+
+REWARD_NORMALIZATIONS = ("norm", "scale", "none")
+KL_CONTROLS = ("fixed", "adaptive", "penalty")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+HORIZON_IN_BATCHES = 20
+
+
+@dataclass
+class PPOMaxConfig(RLOOConfig):
+    r"""
+    Configuration of [`PPOMaxTrainer`]. The defaults are PPO-Max; every trick is a field that works alone.
+
+    Fields of `RLOOConfig` keep their names and meaning: `beta` is the KL coefficient (its first value, when
+    controlled), `epsilon` and `epsilon_high` the policy clip, `num_iterations` the passes over a rollout batch,
+    `steps_per_generation` the micro-batches in one, `temperature`, `max_completion_length`, `reward_weights`.
+    """
+
+    # Fields of the parents with other defaults
+    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the policy's adapter."})
+    num_generations: int | None = field(
+        default=1, metadata={"help": "Completions sampled per prompt. PPO's critic is the baseline, so 1 is enough."}
+    )
+    num_iterations: int = field(default=2, metadata={"help": "Passes over each rollout batch (PPO epochs)."})
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Switch dropout off. With it the probability ratio is noisy and the first KL is not 0."},
+    )
+    normalize_advantages: bool = field(
+        default=True, metadata={"help": "Whiten the advantages over the response tokens of the rollout batch."}
+    )
+
+    # Reward
+    reward_role_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the reward role's score; `reward_weights` weighs the functions."}
+    )
+    reward_normalization: str = field(
+        default="norm",
+        metadata={
+            "help": "What to do with sequence scores: 'norm' subtracts the running mean and divides by the running "
+            "standard deviation, 'scale' only divides, 'none' leaves them.",
+            "choices": list(REWARD_NORMALIZATIONS),
+        },
+    )
+    reward_clip: float | None = field(
+        default=0.8, metadata={"help": "Clip the normalised score to +- this; 'none' in yaml (null) switches it off."}
+    )
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken off the shaped score of a completion that the length limit cut."}
+    )
+
+    # KL
+    kl_estimator: str = field(
+        default="k1",
+        metadata={
+            "help": "Per-token KL estimate in the reward: k1, k2 or k3 of Schulman's note.",
+            "choices": list(KL_ESTIMATORS),
+        },
+    )
+    kl_control: str = field(
+        default="adaptive",
+        metadata={
+            "help": "How beta moves: 'fixed'; 'adaptive', proportional (Ziegler et al. 2019); 'penalty', doubling and "
+            "halving (Schulman et al. 2017, section 4).",
+            "choices": list(KL_CONTROLS),
+        },
+    )
+    kl_target: float = field(
+        default=6.0, metadata={"help": "KL per sequence, in nats, that 'adaptive' and 'penalty' control aim at."}
+    )
+    kl_horizon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Horizon of 'adaptive' control, in samples; smaller reacts faster. Default: 20 rollout batches."
+        },
+    )
+
+    # Advantages and losses
+    gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    advantage_clip: float | None = field(
+        default=None, metadata={"help": "Clip the (whitened) advantages to +- this. Off by default."}
+    )
+    value_clip: float | None = field(
+        default=0.2, metadata={"help": "Clip of the value loss around the rollout's values; null switches it off."}
+    )
+    vf_coef: float = field(default=1.0, metadata={"help": "Weight of the value loss."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus. Off by default."})
+    ptx_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the language-model loss on `ptx_dataset` (PPO-ptx). Off by default."}
+    )
+    ptx_max_length: int = field(default=512, metadata={"help": "Tokens at which PPO-ptx texts are cut."})
+
+    # Critic
+    critic_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the critic. Default: 3 times `learning_rate`."}
+    )
+    critic_warmup_steps: int = field(
+        default=20, metadata={"help": "Optimizer steps at the start that train the critic only; 0 switches it off."}
+    )
+    critic_warmup_explained_variance: float | None = field(
+        default=None,
+        metadata={
+            "help": "End the warm-up early, once the critic explains this share of the returns' variance. Then "
+            "`critic_warmup_steps` is the longest it may take."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            # TRL's default is bf16 everywhere; a T4 has none, and a CPU is slower with it.
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            # RLOO's last check wants two generations for its leave-one-out baseline. PPO has a critic.
+            if self.num_generations != 1 or "at least 2 generations" not in str(error):
+                raise
+        self._check_numbers()
+        self._check_choices()
+        if self.critic_learning_rate is None:
+            self.critic_learning_rate = 3 * self.learning_rate
+        if self.kl_horizon is None:
+            self.kl_horizon = float(HORIZON_IN_BATCHES * (self.generation_batch_size or 1))
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("reward_normalization", REWARD_NORMALIZATIONS),
+            ("kl_control", KL_CONTROLS),
+            ("kl_estimator", KL_ESTIMATORS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
+        if self.kl_control == "penalty" and self.beta == 0:
+            raise ValueError("kl_control='penalty' doubles and halves beta, so beta=0 stays 0: give beta > 0.")
+        refused: dict[str, tuple[Any, str]] = {
+            "reward_clip_range": (self.reward_clip_range, "use reward_clip, which clips after normalisation"),
+            "sync_ref_model": (self.sync_ref_model, "the reference is the frozen starting policy"),
+            "use_vllm": (self.use_vllm, "generation with vLLM is not supported yet; use transformers"),
+            "router_aux_loss_coef": (self.router_aux_loss_coef, "the auxiliary loss of experts is not supported"),
+            "use_liger_kernel": (self.use_liger_kernel, "it replaces the forward passes of the roles"),
+        }
+        for name, (value, remedy) in refused.items():
+            if value:
+                raise ValueError(f"{name}={value!r} has no place in PPO-Max: {remedy}.")
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs={'use_reentrant': True} would recompute under the wrong role: set it "
+                "to False or leave it out."
+            )
+        if self.gradient_accumulation_steps > self.steps_per_generation * self.num_iterations:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} is larger than the "
+                f"{self.steps_per_generation} micro-batches x {self.num_iterations} passes of one rollout batch: an "
+                "optimizer step would mix rollouts of two policies. Lower it, or raise steps_per_generation."
+            )
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation={self.steps_per_generation} must be a multiple of "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}, so that a pass over the rollout batch "
+                "is a whole number of optimizer steps."
+            )
+
+    def _check_numbers(self) -> None:
+        positive = ("kl_target", "gradient_accumulation_steps", "temperature", "ptx_max_length", "max_completion_length")
+        positive_or_none = ("reward_clip", "advantage_clip", "value_clip", "kl_horizon")
+        not_negative = ("beta", "vf_coef", "entropy_coef", "ptx_coef", "critic_warmup_steps", "epsilon")
+        not_negative_or_none = ("missing_eos_penalty", "critic_learning_rate", "epsilon_high")
+        remedy = {"reward_clip": "null (None) switches it off", "value_clip": "null (None) switches it off"}
+        for name in (*positive, *positive_or_none):
+            value = getattr(self, name)
+            if value is None and name in positive_or_none:
+                continue
+            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                raise ValueError(f"{name}={value!r} must be a number above 0; {remedy.get(name, 'give one')}.")
+        for name in (*not_negative, *not_negative_or_none):
+            value = getattr(self, name)
+            if value is None and name in not_negative_or_none:
+                continue
+            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name}={value!r} must be a number of at least 0.")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must lie between 0 and 1.")
+        threshold = self.critic_warmup_explained_variance
+        if threshold is not None and not threshold <= 1:
+            raise ValueError(f"critic_warmup_explained_variance={threshold!r} can be at most 1.")
+        if threshold is not None and self.critic_warmup_steps == 0:
+            raise ValueError(
+                "critic_warmup_explained_variance is set and critic_warmup_steps is 0: set the steps to the longest "
+                "that the warm-up may take."
+            )

@@ -1,0 +1,158 @@
+"""PPO's two losses, and how well the critic explains the returns.
+
+A loss is a sum over the tokens that count, divided by `num_tokens`, by default their number. A trainer that splits one
+batch over micro-batches or processes passes the number of the whole batch: the gradients of the parts then sum to the
+gradient of the whole. Statistics are those of the tensors given, detached.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trl_ext.ops.kl import kl_estimate
+from trl_ext.ops.masking import check_same_shape, masked_mean, masked_mean_var
+
+
+def policy_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    *,
+    num_tokens: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate, as a loss.
+
+        r = exp(logps - old_logps)
+        loss = sum max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) / num_tokens
+
+    Source: Schulman et al. 2017, arXiv 1707.06347, equation 7.
+
+    Args:
+        logps: log-probabilities of the sampled tokens under the policy, (B, T). The only input with a gradient.
+        old_logps: the same under the policy that sampled them, (B, T).
+        advantages: A, (B, T).
+        mask: 1 on response tokens, (B, T).
+        clip_low: how far below 1 the ratio may pull, in [0, 1].
+        clip_high: how far above 1 the ratio may pull, at least 0.
+        num_tokens: what the sum is divided by; the number of tokens in `mask` by default.
+
+    Returns:
+        (loss, stats), loss a scalar, 0 where the mask is empty. stats: `ratio_mean`, `ratio_max`, `clip_fraction`
+        (share of tokens whose gradient the clip removes), `approx_kl` (k3 estimate of KL(old, new) per token).
+
+    Raises:
+        ValueError: the shapes differ, or a clip range is out of bounds.
+    """
+    check_same_shape(logps=logps, old_logps=old_logps, advantages=advantages, mask=mask)
+    if not 0 <= clip_low <= 1 or not clip_high >= 0:
+        raise ValueError(f"clip_low must be in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}")
+    mask = mask.bool()
+    # Masked before exp: an infinite ratio outside the mask would turn the gradient of the whole row into NaN.
+    logps = torch.where(mask, logps, 0)
+    old_logps = torch.where(mask, old_logps, 0).detach()
+    advantages = torch.where(mask, advantages, 0).detach()
+
+    ratio = torch.exp(logps - old_logps)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = _token_mean(torch.maximum(unclipped, clipped), mask, num_tokens)
+    with torch.no_grad():
+        stats = {
+            "ratio_mean": masked_mean(ratio, mask),
+            "ratio_max": torch.where(mask, ratio, 0).amax(),
+            "clip_fraction": masked_mean((clipped > unclipped).to(ratio.dtype), mask),
+            "approx_kl": masked_mean(kl_estimate(old_logps, logps, "k3"), mask),
+        }
+    return loss, stats
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip_range: float | None,
+    *,
+    num_tokens: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The critic's squared error, with the move away from its old value clipped.
+
+        V' = V_old + clip(V - V_old, -clip_range, clip_range)
+        loss = 1/2 sum max((V - R)^2, (V' - R)^2) / num_tokens
+
+    Source: the implementation of arXiv 1707.06347 (OpenAI Baselines, ppo2); used by arXiv 2307.04964, section 5.3.
+
+    Args:
+        values: V, (B, T). The only input with a gradient.
+        old_values: V_old, the critic's values at the rollout, (B, T).
+        returns: R, (B, T).
+        mask: 1 on response tokens, (B, T).
+        clip_range: None for no clip, else not negative.
+        num_tokens: what the sum is divided by; the number of tokens in `mask` by default.
+
+    Returns:
+        (loss, stats), loss a scalar, 0 where the mask is empty. stats: `clip_fraction` (share of tokens whose gradient
+        the clip removes), `value_mean`, `return_mean` and `mse` (mean of (V - R)^2).
+
+    Raises:
+        ValueError: the shapes differ, or clip_range is negative.
+    """
+    check_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
+    if clip_range is not None and not clip_range >= 0:
+        raise ValueError(f"clip_range must be >= 0, or None for no clip, got {clip_range}")
+    mask = mask.bool()
+    values = torch.where(mask, values, 0)
+    old_values = torch.where(mask, old_values, 0).detach()
+    returns = torch.where(mask, returns, 0).detach()
+
+    unclipped = (values - returns).square()
+    clipped = unclipped
+    if clip_range is not None:
+        clipped = (old_values + (values - old_values).clamp(-clip_range, clip_range) - returns).square()
+    loss = 0.5 * _token_mean(torch.maximum(unclipped, clipped), mask, num_tokens)
+    with torch.no_grad():
+        stats = {
+            "clip_fraction": masked_mean((clipped > unclipped).to(values.dtype), mask),
+            "value_mean": masked_mean(values, mask),
+            "return_mean": masked_mean(returns, mask),
+            "mse": masked_mean(unclipped, mask),
+        }
+    return loss, stats
+
+
+@torch.no_grad()
+def explained_variance(
+    values: Tensor, returns: Tensor, mask: Tensor, *, reduce: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The share of the returns' variance that the critic explains: 1 is perfect, 0 no better than a constant.
+
+        1 - var(R - V) / var(R)
+
+    0 where the returns do not vary: there is nothing to explain, however far off the values are.
+
+    Args:
+        values: V, (B, T).
+        returns: R, (B, T).
+        mask: 1 on response tokens, (B, T).
+        reduce: sums a small tensor over all processes (see `ops.masking.masked_mean_var`).
+
+    Returns:
+        A scalar, float64, at most 1 and possibly negative.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    check_same_shape(values=values, returns=returns, mask=mask)
+    _, residual_var = masked_mean_var(returns.double() - values.double(), mask, reduce)
+    _, return_var = masked_mean_var(returns, mask, reduce)
+    return torch.where(return_var > 0, 1 - residual_var / return_var, 0)
+
+
+def _token_mean(x: Tensor, mask: Tensor, num_tokens: Tensor | float | None) -> Tensor:
+    """sum(x where mask) / num_tokens; 0, with a graph, where there are no tokens."""
+    count = mask.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=x.device)
+    return torch.where(mask, x, 0).sum() / torch.where(count > 0, count, 1)

@@ -1,0 +1,161 @@
+"""One rollout batch, from token ids to advantages. Every stage is a function; the record between them is `Rollout`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from trl_ext.ops.advantages import gae
+from trl_ext.ops.kl import kl_estimate
+from trl_ext.ops.masking import masked_whiten
+from trl_ext.ppo.rewards import token_rewards
+from trl_ext.roles import Role, SharedBaseModel
+
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Rollout:
+    """What the policy did with one batch of prompts. B sequences, P prompt columns, T completion columns.
+
+    Masks come from lengths, never from token ids, so that a pad token that is also eos is trained.
+    """
+
+    prompt_ids: Tensor  # (B, P) int, padded left
+    prompt_mask: Tensor  # (B, P) int
+    completion_ids: Tensor  # (B, T) int, padded right
+    completion_mask: Tensor  # (B, T) int
+    truncated: Tensor  # (B,) bool, cut by the length limit: no end-of-sequence token
+    logps: Tensor | None = None  # (B, T) of the sampled tokens under the policy that sampled them
+    entropy: Tensor | None = None  # (B, T) nats
+    reference_logps: Tensor | None = None  # (B, T) under the reference; None when beta is 0
+    values: Tensor | None = None  # (B, T) of the state before each token
+    scores: Tensor | None = None  # (B,) raw sequence reward
+    shaped_scores: Tensor | None = None  # (B,) normalised, clipped, less the penalty for a missing end
+    kl: Tensor | None = None  # (B, T) estimate of the KL from the reference, 0 on padding
+    rewards: Tensor | None = None  # (B, T) -beta kl, plus the shaped score on the last token
+    advantages: Tensor | None = None  # (B, T)
+    returns: Tensor | None = None  # (B, T)
+
+    @classmethod
+    def from_ids(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        device: torch.device | str = "cpu",
+    ) -> "Rollout":
+        """Pad lists of token ids. A completion may be empty: its row is masked out everywhere.
+
+        Raises:
+            ValueError: A prompt without tokens, or another number of completions than prompts.
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions: generation lost some.")
+        empty = [i for i, ids in enumerate(prompts) if len(ids) == 0]
+        if empty:
+            raise ValueError(f"prompts {empty} of this batch have no token: remove empty prompts from the dataset.")
+        prompt_ids, prompt_mask = _pad(prompts, pad_token_id, left=True)
+        completion_ids, completion_mask = _pad(completions, pad_token_id, left=False)
+        ends = set(eos_token_ids)
+        truncated = torch.tensor([not (len(ids) and ids[-1] in ends) for ids in completions])
+        tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, truncated)
+        return cls(*(t.to(device) for t in tensors))
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(B, P + T)"""
+        return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, P + T)"""
+        return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
+
+    def rows(self, start: int, stop: int) -> "Rollout":
+        """Some of the sequences, without the columns that are padding in all of them."""
+        part = Rollout(**{f.name: _slice(getattr(self, f.name), start, stop) for f in fields(self)})
+        return part.trimmed()
+
+    def trimmed(self) -> "Rollout":
+        """Without the columns that are padding in every row: no pass over them, no memory for them."""
+        prompt = max(int(self.prompt_mask.sum(1).max()), 1)
+        completion = max(int(self.completion_mask.sum(1).max()), 1)
+        cut: dict[str, Tensor | None] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is None or value.ndim == 1:
+                cut[f.name] = value
+            else:
+                cut[f.name] = value[:, -prompt:] if f.name.startswith("prompt") else value[:, :completion]
+        return Rollout(**cut)  # type: ignore[arg-type]
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    width = max(1, *(len(row) for row in rows))
+    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, columns] = torch.as_tensor(row, dtype=torch.long)
+        mask[i, columns] = 1
+    return ids, mask
+
+
+def _slice(value: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if value is None else value[start:stop]
+
+
+@torch.no_grad()
+def score_with_roles(
+    model: SharedBaseModel, rollout: Rollout, *, batch_size: int, temperature: float, with_reference: bool
+) -> None:
+    """Fill `logps`, `entropy`, `values`, `reference_logps`, and `scores` where the model has a reward role.
+
+    In chunks of `batch_size` rows, each trimmed to its own longest prompt and completion.
+    """
+    roles = (Role.POLICY, Role.REFERENCE, Role.CRITIC) if with_reference else (Role.POLICY, Role.CRITIC)
+    count, width = rollout.completion_ids.shape
+    names = ("logps", "entropy", "values", *(("reference_logps",) if with_reference else ()))
+    filled = {name: torch.zeros(count, width, device=rollout.completion_ids.device) for name in names}
+    scores = torch.zeros(count, device=rollout.completion_ids.device) if model.has_role(Role.REWARD) else None
+    for start in range(0, count, batch_size):
+        part = rollout.rows(start, start + batch_size)
+        input_ids, attention_mask = part.input_ids, part.attention_mask
+        length = part.completion_ids.shape[1]
+        outputs = model(
+            input_ids, attention_mask, roles=roles, completion_length=length, temperature=temperature
+        )
+        for name in names:
+            filled[name][start : start + batch_size, :length] = outputs[name].float()
+        if scores is not None:
+            scores[start : start + batch_size] = model.score(input_ids, attention_mask).float()
+    for name in names:
+        setattr(rollout, name, filled[name])
+    rollout.scores = scores
+
+
+def add_kl_and_rewards(rollout: Rollout, *, estimator: str, beta: float) -> None:
+    """Fill `kl` and `rewards` from `shaped_scores`: the penalty on every token, the score on the last one."""
+    assert rollout.logps is not None and rollout.shaped_scores is not None
+    mask = rollout.completion_mask.bool()
+    if rollout.reference_logps is None:
+        rollout.kl = torch.zeros_like(rollout.logps)
+    else:
+        rollout.kl = torch.where(mask, kl_estimate(rollout.logps, rollout.reference_logps, estimator), 0.0)
+    rollout.rewards = token_rewards(rollout.shaped_scores, rollout.kl, mask, beta)
+
+
+def add_advantages(
+    rollout: Rollout, *, gamma: float, lam: float, whiten: bool, clip: float | None, reduce: Reduce | None = None
+) -> None:
+    """Fill `advantages` and `returns` by GAE; advantages whitened over the batch of all processes, then clipped."""
+    assert rollout.rewards is not None and rollout.values is not None
+    mask = rollout.completion_mask.bool()
+    advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, gamma, lam)
+    if whiten:
+        advantages = masked_whiten(advantages, mask, reduce=reduce)
+    rollout.advantages = advantages if clip is None else advantages.clamp(-clip, clip)

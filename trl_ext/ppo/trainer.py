@@ -1,0 +1,381 @@
+"""PPO-Max on TRL: `RLOOTrainer` with a critic, by two overridden methods."""
+
+import textwrap
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import gather, gather_object, set_seed
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from trl import RLOOTrainer
+
+from trl_ext.ppo import metrics
+from trl_ext.ppo.card import model_card
+from trl_ext.ppo.checks import check_lengths, check_prompts, check_tokenizer, checked_reward
+from trl_ext.ppo.config import PPOMaxConfig
+from trl_ext.ppo.losses import explained_variance, policy_loss, value_loss
+from trl_ext.ppo.ptx import PTXBatches
+from trl_ext.ppo.rewards import shape_scores
+from trl_ext.ppo.rollout import Rollout, add_advantages, add_kl_and_rewards, score_with_roles
+from trl_ext.ppo.state import PPOState, PPOStateCallback
+from trl_ext.roles import Role, SharedBaseModel, load_base_config, max_positions, shared_base_model
+
+
+RewardFunction = str | PreTrainedModel | Callable[..., Any]
+AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Any]
+# What a micro-batch of the update needs of a rollout
+UPDATE_FIELDS = (
+    "prompt_ids",
+    "prompt_mask",
+    "completion_ids",
+    "completion_mask",
+    "truncated",
+    "logps",
+    "values",
+    "advantages",
+    "returns",
+)
+FIRST_KL_TOLERANCE = 1e-6
+
+
+class PPOMaxTrainer(RLOOTrainer):
+    """Proximal policy optimisation with the stability tricks of PPO-Max, on TRL's online loop.
+
+    Source: Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO" (arXiv 2307.04964); Schulman et
+    al. 2017 (arXiv 1707.06347).
+
+    Args:
+        model: A `SharedBaseModel`; or a Hub id, a folder, a `PreTrainedModel` or a `PeftModel`, as in `GRPOTrainer`,
+            which becomes one: with a fresh policy adapter (from `peft_config`) or the model's own.
+        reward_funcs: TRL reward functions (sync or async), sequence-classification models or their ids, in a list or
+            alone. May be left out when the model has a reward role, and is added to it otherwise.
+        args: `PPOMaxConfig`.
+        train_dataset: Column `prompt`, plain or conversational; other columns reach the reward functions.
+        eval_dataset: The same, for `eval_strategy`.
+        ptx_dataset: Texts for PPO-ptx, needed when `ptx_coef` is above 0 (see `PTXBatches`).
+        processing_class: Tokenizer; default: the model's.
+        reward_processing_classes, callbacks, optimizers: As in `RLOOTrainer`.
+        quantization_config, peft_config: For a model given by id or, `peft_config` only, as a `PreTrainedModel`.
+
+    Raises:
+        ValueError: Bad input, before any model is loaded where that is possible.
+    """
+
+    _tag_names = ["trl", "trl_ext", "ppo"]
+    _name = "PPO-Max"
+    _paper = {
+        "title": "Secrets of RLHF in Large Language Models Part I: PPO",
+        "id": "2307.04964",
+        "citation": textwrap.dedent("""\
+            @article{zheng2023secrets,
+                title  = {{Secrets of RLHF in Large Language Models Part I: PPO}},
+                author = {Rui Zheng and Shihan Dou and Songyang Gao and others},
+                year   = 2023,
+                eprint = {arXiv:2307.04964},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | SharedBaseModel | Any",
+        reward_funcs: RewardFunction | list[RewardFunction] | None = None,
+        args: PPOMaxConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: AnyDataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: Any = None,
+        ptx_dataset: Dataset | None = None,
+    ):
+        base_name = model if isinstance(model, str) else model.config.name_or_path
+        args = args or PPOMaxConfig(f"{base_name.split('/')[-1]}-PPO")
+        init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+
+        # 1. Everything that can be wrong without a model
+        reward_funcs = _reward_list(reward_funcs, model)
+        check_prompts(train_dataset, "train_dataset")
+        check_prompts(eval_dataset, "eval_dataset")
+        if (args.ptx_coef > 0) != (ptx_dataset is not None):
+            raise ValueError(f"ptx_coef={args.ptx_coef} and ptx_dataset go together: give both, or neither.")
+        if processing_class is None:
+            kept = {k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs}
+            processing_class = AutoTokenizer.from_pretrained(base_name, truncation_side="left", **kept)
+        check_tokenizer(processing_class)
+        base_config = load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config
+        positions = max_positions(base_config)
+        check_lengths(train_dataset, "train_dataset", processing_class, args.max_completion_length, positions)
+
+        # 2. One base, four roles
+        set_seed(args.seed)
+        model = shared_base_model(model, peft_config, quantization_config, **init_kwargs)
+
+        # 3. TRL's loop. What it does to the adapters on the way is undone.
+        with model.protected():
+            super().__init__(
+                model=model,
+                reward_funcs=[checked_reward(f) if _is_function(f) else f for f in reward_funcs],
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+        metrics.warn_about_off_policy_sampling(args)
+
+        # 4. What PPO adds
+        if self.optimizer is None:
+            rates = {Role.POLICY: args.learning_rate, Role.CRITIC: args.critic_learning_rate}
+            optimizer, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
+            self.optimizer = optimizer(model.parameter_groups(rates, args.weight_decay), **kwargs)
+        self.ppo_state = PPOState(args)
+        self.add_callback(PPOStateCallback(self))
+        model.model_card = partial(model_card, self)
+        self._ptx = None
+        if ptx_dataset is not None:
+            self._ptx = PTXBatches(
+                ptx_dataset,
+                processing_class,
+                batch_size=args.per_device_train_batch_size,
+                max_length=args.ptx_max_length,
+                seed=args.seed,
+                process_index=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+            )
+        self._update_started: float | None = None
+        self._update_tokens = 0
+
+    # ------------------------------------------------------------------ the first seam: rollout
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """DESIGN section 4, from prompts to advantages. Returns what `_compute_loss` gets back in micro-batches."""
+        args, state = self.args, self.ppo_state
+        training = self.model.training
+        timer = metrics.PhaseTimer()
+        if training and self._update_started is not None:
+            timer.add("update", self._update_tokens, time.perf_counter() - self._update_started)
+
+        # 1. Completions, by TRL's generation
+        prompts = [row["prompt"] for row in inputs]
+        with timer.phase("generate"):
+            prompt_ids, completion_ids, completions = self._generate(prompts)
+        rollout = Rollout.from_ids(
+            prompt_ids,
+            completion_ids,
+            self.eos_token_ids,
+            self._tokenizer.pad_token_id,
+            device=self.accelerator.device,
+        )
+        tokens = int(rollout.attention_mask.sum())
+        timer.tokens["generate"] = int(rollout.completion_mask.sum())
+
+        # 2. Policy, reference, critic and reward role
+        with timer.phase("score", tokens):
+            score_with_roles(
+                self.model,
+                rollout,
+                batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+                temperature=self.temperature,
+                with_reference=self.beta != 0,
+            )
+        if training and state.rollouts == 0:
+            self._check_first_kl(rollout)
+
+        # 3. Sequence scores: reward role and functions, weighted
+        per_function = self._function_rewards(inputs, prompts, completions, completion_ids)
+        role_scores, rollout.scores = rollout.scores, self._weighted(rollout.scores, per_function)
+
+        # 4. Running normalisation, clip, penalty for a missing end
+        clip, mode = args.reward_clip, args.reward_normalization
+        shaped = shape_scores(rollout.scores, state.moments, mode, clip, update=training)
+        rollout.shaped_scores = shaped - (args.missing_eos_penalty or 0.0) * rollout.truncated
+
+        # 5. KL penalty on every token; GAE; whitening
+        beta = state.kl.coef
+        add_kl_and_rewards(rollout, estimator=args.kl_estimator, beta=beta)
+        add_advantages(
+            rollout,
+            gamma=args.gamma,
+            lam=args.gae_lambda,
+            whiten=args.normalize_advantages,
+            clip=args.advantage_clip,
+            reduce=self._sum,
+        )
+
+        # 6. Metrics; the KL coefficient and the warm-up react to them
+        logged = metrics.rollout_metrics(rollout, self._sum)
+        logged |= metrics.reward_metrics(self.reward_func_names, per_function, role_scores)
+        logged["beta"] = beta
+        mask = rollout.completion_mask
+        logged["explained_variance"] = float(
+            explained_variance(rollout.values, rollout.returns, mask, reduce=self._sum)
+        )
+        if training:
+            warming_up = state.in_warmup(self.state.global_step)
+            state.observe_explained_variance(logged["explained_variance"])
+            if not warming_up and "kl" in logged:
+                state.kl.update(logged["kl"], len(prompts) * self.accelerator.num_processes)
+            state.rollouts += 1
+            logged |= timer.metrics() | metrics.memory_metrics(self.accelerator.device)
+            self._update_started, self._update_tokens = time.perf_counter(), tokens * self.num_iterations
+        self.record(logged)
+        self._log_samples(prompts, completions, per_function, rollout)
+        batch = {name: getattr(rollout, name) for name in UPDATE_FIELDS}
+        return batch | {"num_tokens": self._tokens_per_micro_batch(rollout)}
+
+    # ------------------------------------------------------------------ the second seam: loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Clipped policy loss + vf_coef * clipped value loss (- entropy) (+ language-model loss)."""
+        args = self.args
+        num_tokens = inputs["num_tokens"]
+        batch = Rollout(**{name: inputs[name] for name in UPDATE_FIELDS}).trimmed()
+        mask = batch.completion_mask.bool()
+        if not self.model.training:  # nothing has moved since the rollout: the losses at ratio 1, without a pass
+            outputs, warming_up = {"logps": batch.logps, "values": batch.values}, False
+        else:
+            # 1. One pass per role, inside one call of the wrapped module
+            warming_up = self.ppo_state.in_warmup(self.state.global_step)
+            outputs = model(
+                batch.input_ids,
+                batch.attention_mask,
+                roles=(Role.CRITIC,) if warming_up else (Role.POLICY, Role.CRITIC),
+                completion_length=batch.completion_ids.shape[1],
+                temperature=self.temperature,
+                entropy_grad=args.entropy_coef > 0,
+                ptx=None if self._ptx is None or warming_up else self._next_ptx(),
+            )
+
+        # 2. The terms, each a token mean over the whole rollout batch of all processes
+        value, value_stats = value_loss(
+            outputs["values"], batch.values, batch.returns, mask, args.value_clip, num_tokens=num_tokens
+        )
+        terms = {"value_loss": args.vf_coef * value}
+        stats = {"value_loss": value, "clip_fraction/value": value_stats["clip_fraction"]}
+        if not warming_up:
+            policy, policy_stats = policy_loss(
+                outputs["logps"],
+                batch.logps,
+                batch.advantages,
+                mask,
+                self.epsilon_low,
+                self.epsilon_high,
+                num_tokens=num_tokens,
+            )
+            terms["policy_loss"] = policy
+            stats |= {"policy_loss": policy, "clip_fraction/policy": policy_stats.pop("clip_fraction"), **policy_stats}
+            if args.entropy_coef > 0 and "entropy" in outputs:
+                terms["entropy"] = -args.entropy_coef * outputs["entropy"].sum() / num_tokens
+            if "ptx_loss" in outputs:
+                terms["ptx_loss"] = args.ptx_coef * outputs["ptx_loss"]
+                stats["ptx_loss"] = outputs["ptx_loss"]
+
+        # 3. No silent nonsense
+        metrics.check_finite(terms, self.state.global_step, args.output_dir)
+        self.record(metrics.average_over_processes(stats))
+        return torch.stack(list(terms.values())).sum()
+
+    # ------------------------------------------------------------------ details
+
+    def record(self, values: dict[str, float]) -> None:
+        """Add values to the means that the next log prints."""
+        mode = "train" if self.model.training else "eval"
+        for name, value in values.items():
+            self._metrics[mode][name].append(float(value))
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """The sum of a small tensor over all processes."""
+        return self.accelerator.reduce(x, reduction="sum")
+
+    def _tokens_per_micro_batch(self, rollout: Rollout) -> Tensor:
+        """Response tokens of the rollout batch of all processes / micro-batches in it, a scalar.
+
+        As the denominator of every micro-batch, whatever its own length, it makes the mean over micro-batches and
+        processes the token mean of the whole batch.
+        """
+        total = self._sum(rollout.completion_mask.sum().float())
+        parts = self.args.steps_per_generation if self.model.training else 1
+        return (total / (parts * self.accelerator.num_processes)).clamp(min=1)
+
+    def _function_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Tensor:
+        """(B, F): this process's rows of what the reward functions return, NaN where one does not apply."""
+        if not self.reward_funcs:
+            return torch.zeros(len(prompts), 0, device=self.accelerator.device)
+        gathered = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+        start = self.accelerator.process_index * len(prompts)
+        return gathered[start : start + len(prompts)]
+
+    def _weighted(self, role_scores: Tensor | None, per_function: Tensor) -> Tensor:
+        """(B,) weighted sum over the reward role and the functions that apply.
+
+        Raises:
+            ValueError: A sample that nothing scored.
+        """
+        unscored = torch.isnan(per_function).all(dim=1) if role_scores is None else torch.tensor(False)
+        if unscored.any():
+            rows = unscored.nonzero().flatten().tolist()
+            raise ValueError(
+                f"every reward function returned None for the samples {rows} of the batch: PPO needs a score for each "
+                "completion. Return a number from at least one function."
+            )
+        total = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
+        return total if role_scores is None else total + self.args.reward_role_weight * role_scores
+
+    def _check_first_kl(self, rollout: Rollout) -> None:
+        """Before the first update the policy is the reference; if not, the KL is anchored somewhere else."""
+        if rollout.reference_logps is None:
+            return
+        worst = float((rollout.logps - rollout.reference_logps).abs().max())
+        if worst > FIRST_KL_TOLERANCE:
+            raise RuntimeError(
+                f"before the first update the policy's log-probabilities differ from the reference's by up to {worst}: "
+                "the KL would be measured from another model. Is dropout on (disable_dropout=False), or was the policy "
+                "changed after the SharedBaseModel was made?"
+            )
+
+    def _next_ptx(self) -> dict[str, Tensor]:
+        micro_steps = self.args.gradient_accumulation_steps
+        batch = self._ptx.batch(self.state.global_step * micro_steps + self._step % micro_steps)
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+
+    def _log_samples(self, prompts: Any, completions: Any, per_function: Tensor, rollout: Rollout) -> None:
+        """Fill the table that `log_completions` prints."""
+        if not self.log_completions:
+            return
+        self._logs["prompt"].extend(gather_object(prompts))
+        self._logs["completion"].extend(gather_object(completions))
+        for name, column in zip(self.reward_func_names, gather(per_function).T, strict=True):
+            self._logs["rewards"][name].extend(column.tolist())
+        if not self.reward_func_names:
+            self._logs["rewards"]["reward_role"].extend(gather(rollout.scores).tolist())
+        lengths = rollout.completion_mask.sum(1).clamp(min=1)
+        self._logs["advantages"].extend(gather(rollout.advantages.sum(1) / lengths).tolist())
+
+
+def _is_function(reward: Any) -> bool:
+    return not isinstance(reward, str | torch.nn.Module)
+
+
+def _reward_list(reward_funcs: Any, model: Any) -> list[Any]:
+    """Reward functions as a list; none is fine when the model scores by itself."""
+    funcs = [] if reward_funcs is None else list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+    has_role = isinstance(model, SharedBaseModel) and model.has_role(Role.REWARD)
+    if not funcs and not has_role:
+        raise ValueError(
+            "there is nothing to train against: give reward_funcs, or a SharedBaseModel with a reward_adapter."
+        )
+    return funcs

@@ -1,0 +1,176 @@
+"""Read and write LoRA adapters in PEFT's own folder layout, and refuse those that role switching cannot serve."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, TaskType
+from safetensors.torch import load_file, save_file
+
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+HEAD_KEY = "base_model.model.score.weight"  # where PEFT puts the head of a sequence-classification adapter
+MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these rewrite the base they are put on
+
+
+@dataclass
+class AdapterWeights:
+    """An adapter outside any model.
+
+    Attributes:
+        config: Its LoRA configuration, as for a causal language model (no `modules_to_save`).
+        weights: PEFT's state dict, keys without the adapter's name; None for a fresh adapter.
+        head: (1, H) scalar head of a reward or critic adapter, else None.
+    """
+
+    config: LoraConfig
+    weights: dict[str, torch.Tensor] | None = None
+    head: torch.Tensor | None = None
+
+
+def lora_config(
+    task_type: str = "CAUSAL_LM",
+    r: int = 16,
+    lora_alpha: int | None = None,
+    target_modules: str | list[str] = "all-linear",
+    **overrides: Any,
+) -> LoraConfig:
+    """The LoRA configuration this project uses when none is given.
+
+    Rank 16 on every linear layer, `lora_alpha = 2 r`, no dropout: dropout makes the probability ratio of PPO noisy, and
+    the KL at step 0 different from 0. `overrides` are `peft.LoraConfig` fields.
+    """
+    if task_type == "SEQ_CLS":
+        overrides.setdefault("modules_to_save", ["score"])
+    alpha = 2 * r if lora_alpha is None else lora_alpha
+    return LoraConfig(task_type=task_type, r=r, lora_alpha=alpha, target_modules=target_modules, **overrides)
+
+
+def check_lora_config(config: Any, name: str) -> LoraConfig:
+    """Refuse what cannot be switched per role on one base; `name` says whose configuration it is.
+
+    Raises:
+        TypeError: Not a `peft.LoraConfig`.
+        ValueError: DoRA, trained biases, saved or token-wise trained modules, an adapter on the LM head or the
+            embeddings, or an initialisation that changes the base, with what to do instead.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"{name}: roles need a peft.LoraConfig, got {type(config).__name__}. Use LoRA adapters.")
+    refused = {
+        "use_dora": (config.use_dora, "train it with use_dora=False"),
+        "bias": (config.bias != "none", "train it with bias='none': the base's biases are shared by all roles"),
+        "lora_bias": (config.lora_bias, "train it with lora_bias=False"),
+        "trainable_token_indices": (config.trainable_token_indices, "the embeddings are shared by all roles"),
+        "target_parameters": (config.target_parameters, "target linear layers by `target_modules` instead"),
+        "init_lora_weights": (
+            str(config.init_lora_weights).lower().startswith(MUTATING_INITS),
+            "it rewrites the base, which is the reference; use init_lora_weights=True",
+        ),
+    }
+    for field, (bad, remedy) in refused.items():
+        if bad:
+            raise ValueError(f"{name}: {field}={getattr(config, field)!r} cannot be served on a shared base; {remedy}.")
+    extra = [m for m in config.modules_to_save or [] if m not in ("score", "classifier")]
+    if extra:
+        raise ValueError(
+            f"{name}: modules_to_save={extra} cannot be served on a shared base: a full copy of a module is not an "
+            "adapter. Train with LoRA on these layers instead."
+        )
+    targets = config.target_modules or []
+    shared = {"lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in"}
+    hit = [targets] if isinstance(targets, str) and targets in shared else []
+    hit = hit or [t for t in targets if not isinstance(targets, str) and t.split(".")[-1] in shared]
+    if hit:
+        raise ValueError(
+            f"{name}: target_modules={sorted(hit)} puts an adapter on the LM head or the embeddings, which all roles "
+            "share and whose log-probabilities are computed without it. Remove it from target_modules."
+        )
+    return config
+
+
+def read_adapter(path: str | Path, name: str = "adapter", revision: str | None = None) -> AdapterWeights:
+    """Read a LoRA adapter that PEFT saved: of a causal LM, or of a sequence classifier with its head.
+
+    Args:
+        path: Folder or Hub id.
+        name: What errors call it.
+        revision: Hub revision.
+
+    Raises:
+        FileNotFoundError: No `adapter_config.json` there.
+        ValueError: No safetensors weights, a head that is not scalar, or an adapter `check_lora_config` refuses.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{name}: {path} holds no {CONFIG_FILE}. Give the folder that PEFT saved.")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{name}: {path} holds no {WEIGHTS_FILE}. Save it again with safe_serialization=True.")
+    config = check_lora_config(PeftConfig.from_pretrained(str(folder)), f"{name} ({path})")
+    tensors = load_file(folder / WEIGHTS_FILE)
+    lora = {key: value for key, value in tensors.items() if "lora_" in key}
+    rest = {key: value for key, value in tensors.items() if "lora_" not in key}
+    head = None
+    for key, value in rest.items():
+        is_head = key.removesuffix(".weight").split(".")[-1] in ("score", "classifier")
+        if not is_head or value.ndim != 2 or value.shape[0] != 1 or len(rest) > 1:
+            shapes = {k: tuple(v.shape) for k, v in rest.items()}
+            raise ValueError(
+                f"{name} ({path}): besides LoRA weights it holds {shapes}. A role can use one scalar head "
+                "`score.weight` of shape (1, H): train the reward model with num_labels=1."
+            )
+        head = value
+    config = copy.deepcopy(config)
+    config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
+    return AdapterWeights(config, lora, head)
+
+
+def check_adapter_fits(adapter: AdapterWeights, base_config: Any, base_name: str, name: str) -> None:
+    """Check, from configurations alone, that an adapter belongs to the base it is to be put on.
+
+    Raises:
+        ValueError: Another base by name, or a head or a query projection of another hidden size.
+    """
+    hidden = base_config.get_text_config().hidden_size
+    if adapter.head is not None and adapter.head.shape[1] != hidden:
+        raise ValueError(
+            f"{name}: its head has hidden size {adapter.head.shape[1]}, the base {base_name} has {hidden}. It was "
+            "trained on another base: give an adapter of this one."
+        )
+    for key, value in (adapter.weights or {}).items():
+        if key.endswith("q_proj.lora_A.weight") and value.shape[1] != hidden:
+            raise ValueError(
+                f"{name}: {key} takes {value.shape[1]} inputs, the base {base_name} has hidden size {hidden}. It was "
+                "trained on another base: give an adapter of this one."
+            )
+    trained_on = adapter.config.base_model_name_or_path
+    if trained_on and base_name and Path(trained_on).name.lower() != Path(base_name).name.lower():
+        raise ValueError(
+            f"{name}: it was trained on {trained_on!r}, the base is {base_name!r}. An adapter on other weights computes "
+            "nonsense without an error. If they are the same weights, edit base_model_name_or_path in its "
+            f"{CONFIG_FILE}."
+        )
+
+
+def write_adapter(folder: str | Path, adapter: AdapterWeights) -> None:
+    """Write an adapter as PEFT would: `AutoPeftModelForCausalLM`, or `...ForSequenceClassification` if it has a head.
+
+    Args:
+        folder: Made if missing.
+        adapter: Its `weights` must be set.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config, weights = copy.deepcopy(adapter.config), dict(adapter.weights or {})
+    config.inference_mode = True
+    if adapter.head is not None:
+        config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
+        weights[HEAD_KEY] = adapter.head
+    weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))

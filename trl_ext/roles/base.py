@@ -1,0 +1,61 @@
+"""Load the base model once, frozen, in 4 bits if asked."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+
+def load_base(
+    model_name_or_path: str,
+    *,
+    quantization_config: BitsAndBytesConfig | None = None,
+    dtype: str | torch.dtype = "auto",
+    **model_init_kwargs: Any,
+) -> PreTrainedModel:
+    """Load a causal language model with every parameter frozen.
+
+    Args:
+        model_name_or_path (`str`): Hub id or folder.
+        quantization_config (`BitsAndBytesConfig`, *optional*): For a 4-bit or 8-bit base.
+        dtype (`str` or `torch.dtype`): Of the weights; "auto" is what the checkpoint holds. A frozen base needs no
+            float32 master copy, so there is no reason to load more bits than were saved.
+        model_init_kwargs: Passed on to `AutoModelForCausalLM.from_pretrained` (`revision`, `attn_implementation`,
+            `device_map`, `trust_remote_code`, ...).
+
+    Returns:
+        `PreTrainedModel`, no parameter of which requires a gradient.
+
+    Raises:
+        ImportError: `quantization_config` is given and bitsandbytes is missing.
+    """
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    if quantization_config is not None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError("a quantised base needs bitsandbytes: pip install bitsandbytes")
+        state = PartialState()
+        device = "cpu" if state.device.type == "cpu" else state.local_process_index
+        model_init_kwargs.setdefault("device_map", {"": device})
+    model_init_kwargs.setdefault("trust_remote_code", False)
+    base = AutoModelForCausalLM.from_pretrained(
+        model_name_or_path, quantization_config=quantization_config, dtype=dtype, **model_init_kwargs
+    )
+    return base.requires_grad_(False)
+
+
+def load_base_config(model_name_or_path: str, **model_init_kwargs: Any) -> Any:
+    """The base's configuration alone, for checks that must come before the weights are loaded."""
+    kept = {k: model_init_kwargs[k] for k in ("revision", "trust_remote_code", "token") if k in model_init_kwargs}
+    return AutoConfig.from_pretrained(model_name_or_path, **kept)
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence the base has positions for; None where its configuration names no limit."""
+    text_config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(getattr(text_config, name, None), int):
+            return getattr(text_config, name)
+    return None

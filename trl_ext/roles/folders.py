@@ -1,0 +1,91 @@
+"""Roles on disk and on the Hub: every adapter a standard PEFT folder."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model_state_dict
+
+from trl_ext.roles.adapters import CONFIG_FILE, AdapterWeights, read_adapter, write_adapter
+from trl_ext.roles.role import Role
+
+
+class RoleFolders:
+    """Saving, loading and publishing of roles. Mixed into `SharedBaseModel`."""
+
+    if TYPE_CHECKING:
+        heads: torch.nn.ModuleDict
+        peft_config: dict[str, Any]
+        model_card: Callable[[], str] | None
+        _roles: dict[Role, str]
+
+        def _load_weights(self, role: Role, weights: dict[str, torch.Tensor]) -> None: ...
+
+    def adapter_weights(self, role: Role, state_dict: dict[str, torch.Tensor] | None = None) -> AdapterWeights:
+        """The role's adapter as it is now.
+
+        Raises:
+            ValueError: The role has no adapter of its own.
+        """
+        if role not in self._roles:
+            raise ValueError(f"the {role.value} role has no adapter: it is the bare base, there is nothing to save.")
+        name = self._roles[role]
+        weights = get_peft_model_state_dict(self, state_dict, adapter_name=name, save_embedding_layers=False)
+        head = self.heads[role.value].weight.detach() if role.value in self.heads else None
+        return AdapterWeights(self.peft_config[name], weights, head)
+
+    def save_adapter(self, role: Role, folder: str | Path) -> None:
+        """Write one role as a standard PEFT folder; reward and critic as sequence classifiers with their head."""
+        write_adapter(folder, self.adapter_weights(Role(role)))
+
+    def push_adapter_to_hub(self, role: Role, repo_id: str, *, private: bool | None = None, **upload: Any) -> str:
+        """Upload one role's folder and return the commit's address; `upload` goes to `HfApi.upload_folder`."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_adapter(role, folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        **_: Any,
+    ) -> None:
+        """The policy in the folder itself, so that plain PEFT loads it; every other role in a folder of its name."""
+        weights = {role: self.adapter_weights(role, state_dict) for role in self._roles}
+        if not is_main_process:
+            return
+        for role, adapter in weights.items():
+            write_adapter(Path(save_directory) / ("" if role is Role.POLICY else role.value), adapter)
+        if self.model_card is not None:
+            (Path(save_directory) / "README.md").write_text(self.model_card(), encoding="utf-8")
+
+    def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False, **_: Any) -> None:
+        """Read one role's weights back from a folder that `save_pretrained` wrote; `Trainer` calls this on resume.
+
+        Raises:
+            ValueError: The folder has other roles, or other shapes, than this model.
+        """
+        role = next((role for role in Role if role.adapter_name == adapter_name), None)
+        others = {other.value for other in self._roles if other is not Role.POLICY}
+        if role is Role.POLICY:
+            found = {other.value for other in Role if (Path(model_id) / other.value / CONFIG_FILE).is_file()}
+            if found != others:
+                raise ValueError(
+                    f"{model_id} holds the roles {sorted(found)} beside the policy, this model has {sorted(others)}. "
+                    "Resume with the adapters that the run was started with."
+                )
+        if role is None or role not in self._roles:
+            raise ValueError(f"{model_id}: this model has no role for an adapter named {adapter_name!r}.")
+        adapter = read_adapter(model_id, f"{role.value} adapter")
+        self._load_weights(role, adapter.weights or {})
+        if role.value in self.heads:
+            if adapter.head is None:
+                raise ValueError(f"{model_id}: the {role.value} adapter has no head. The checkpoint is not complete.")
+            self.heads[role.value].weight.data.copy_(adapter.head)

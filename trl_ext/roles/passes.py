@@ -1,0 +1,167 @@
+"""Forward passes by role: log-probabilities, values, scores. Nothing here knows which adapter is where."""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trl_ext.ops.logprobs import token_logprobs
+from trl_ext.roles.role import Role, RoleSwitch
+
+
+def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, L) mask -> (B, L) positions that start at 0 on each row's first real token, whatever the padding side."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def head_scaling(config: Any) -> tuple[float, float | None]:
+    """How the architecture changes `hidden @ W.T` into logits: (factor, soft cap or None).
+
+    Cohere, Falcon-H1 and their kin multiply (`logit_scale`, `lm_head_multiplier`), Granite and MiniCPM3 divide
+    (`logits_scaling`), Gemma 2 squashes: `cap * tanh(logits / cap)` (`final_logit_softcapping`).
+    """
+    text_config = config.get_text_config()
+    factor = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        factor *= getattr(text_config, name, None) or 1.0
+    factor /= getattr(text_config, "logits_scaling", None) or 1.0
+    return factor, getattr(text_config, "final_logit_softcapping", None)
+
+
+class RolePasses:
+    """What a model with roles can compute. Mixed into `SharedBaseModel`, whose switch it uses."""
+
+    if TYPE_CHECKING:
+        heads: torch.nn.ModuleDict
+
+        def role(self, role: Role) -> RoleSwitch: ...
+        def has_role(self, role: Role) -> bool: ...
+        def get_base_model(self) -> Any: ...
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, *, roles: Any = None, **kwargs: Any) -> Any:
+        """As a plain `PeftModel` when `roles` is None; else one pass per role, in this single call.
+
+        A single call matters under DistributedDataParallel: a second forward outside the wrapped one breaks its
+        bookkeeping of which gradients are ready.
+
+        Args:
+            input_ids: (B, L), prompts padded left, completions padded right.
+            attention_mask: (B, L).
+            roles: Subset of (Role.POLICY, Role.REFERENCE, Role.CRITIC).
+            kwargs: With `roles`: `completion_length` (T, the last T columns are the completion), `temperature`,
+                `entropy_grad`, and `ptx` (a batch with `input_ids` and `attention_mask` for the language-model loss).
+
+        Returns:
+            `dict` with, as asked: `logps`, `entropy` (B, T), zero on padding, of the policy; `reference_logps` (B, T);
+            `values` (B, T), of the state before each completion token; `ptx_loss`, a scalar.
+        """
+        if roles is None:
+            return super().forward(input_ids, attention_mask, **kwargs)  # type: ignore[misc]
+        return self._forward_roles(input_ids, attention_mask, tuple(roles), **kwargs)
+
+    def _forward_roles(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        roles: tuple[Role, ...],
+        *,
+        completion_length: int,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+        ptx: dict[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        outputs: dict[str, torch.Tensor] = {}
+        targets = input_ids[:, -completion_length:]
+        mask = attention_mask[:, -completion_length:].bool()
+        for role in roles:
+            with self.role(role):
+                hidden = self.hidden_states(input_ids, attention_mask)[:, -completion_length - 1 : -1]
+                if role is Role.CRITIC:
+                    outputs["values"] = self.heads["critic"](hidden)
+                    continue
+                is_policy = role is Role.POLICY
+                logps, entropy = self._logprobs(hidden[mask], targets[mask], temperature, entropy_grad and is_policy)
+            outputs["logps" if is_policy else "reference_logps"] = _scatter(logps, mask)
+            if is_policy:
+                outputs["entropy"] = _scatter(entropy, mask)
+        if ptx is not None:
+            hidden = self.hidden_states(ptx["input_ids"], ptx["attention_mask"])[:, :-1]
+            mask = ptx["attention_mask"][:, 1:].bool() & ptx["attention_mask"][:, :-1].bool()
+            logps, _ = self._logprobs(hidden[mask], ptx["input_ids"][:, 1:][mask], 1.0, False)
+            outputs["ptx_loss"] = -logps.mean()
+        return outputs
+
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(B, L), (B, L) -> (B, L, H): last hidden states of the base under the active role, no LM head.
+
+        Positions follow the mask, so that padding on the left does not shift learned position embeddings.
+        """
+        backbone = self.get_base_model().base_model
+        kwargs: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
+        if "position_ids" in inspect.signature(backbone.forward).parameters:
+            kwargs["position_ids"] = positions_from_mask(attention_mask)
+        return backbone(input_ids=input_ids, **kwargs).last_hidden_state
+
+    def _logprobs(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy_grad: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        base = self.get_base_model()
+        lm_head = base.get_output_embeddings()
+        factor, softcap = head_scaling(base.config)
+        return token_logprobs(
+            hidden.to(lm_head.weight.device),
+            lm_head.weight,
+            targets.to(lm_head.weight.device),
+            bias=getattr(lm_head, "bias", None),
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=factor,
+            entropy_grad=entropy_grad,
+        )
+
+    @torch.no_grad()
+    def score(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The reward model's score of each sequence: its head on the last real token, under the reward role.
+
+        Args:
+            input_ids: (B, T), padded on either side.
+            attention_mask: (B, T), at least one 1 a row.
+
+        Returns:
+            (B,) float32.
+
+        Raises:
+            ValueError: No reward role, shapes that differ, or a row without a token.
+        """
+        _check_batch(input_ids, attention_mask)
+        with self.role(Role.REWARD):
+            hidden = self.hidden_states(input_ids, attention_mask)
+        columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        last = (attention_mask * columns).argmax(-1)
+        return self.heads["reward"](hidden[torch.arange(len(last), device=last.device), last])
+
+    @torch.no_grad()
+    def values(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The critic's value after each token, (B, T), (B, T) -> (B, T) float32; meaningless where the mask is 0.
+
+        Raises:
+            ValueError: Shapes that differ, or a row without a token.
+        """
+        _check_batch(input_ids, attention_mask)
+        with self.role(Role.CRITIC):
+            return self.heads["critic"](self.hidden_states(input_ids, attention_mask))
+
+
+def _scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(N,) values at the N ones of a (B, T) mask -> (B, T), zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def _check_batch(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
+        raise ValueError(
+            f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)} must both be (B, T)."
+        )
+    empty = (attention_mask.sum(-1) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"rows {empty} of attention_mask have no 1: there is no token to score.")

@@ -1,0 +1,297 @@
+"""Policy, reference, reward and critic as LoRA adapters on one frozen base, and the one switch between them.
+
+PEFT's own switches (`set_adapter`, `disable_adapter`) also change `requires_grad`: activating one adapter freezes the
+others, so a trainer that scores with the reference adapter in between stops training its critic without a word. The
+switch here changes which adapter computes, and nothing else. It leans on two attributes of PEFT's layers,
+`_active_adapter` and `_disable_adapters`, which `tests/test_peft_contract.py` pins.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from trl_ext.roles.adapters import AdapterWeights, check_adapter_fits, check_lora_config, lora_config, read_adapter
+from trl_ext.roles.base import load_base, load_base_config
+from trl_ext.roles.folders import RoleFolders
+from trl_ext.roles.heads import ScalarHead
+from trl_ext.roles.passes import RolePasses
+from trl_ext.roles.role import TRAINED, Role, RoleSwitch
+
+
+class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):
+    """One frozen base with an adapter per role; a `PeftModel` whose "default" adapter is the policy.
+
+    Args:
+        base (`PreTrainedModel`): Causal language model. It is frozen here.
+        policy (`AdapterWeights` or `LoraConfig`, *optional*): A trained adapter: the policy starts there and the
+            reference is a frozen copy. Or the configuration of a fresh one: the reference is the bare base, no adapter.
+            Default: `lora_config()`.
+        reward (`AdapterWeights`, *optional*): Adapter and head of a reward model. Without it there is no reward role.
+        critic (`AdapterWeights`, *optional*): Where the critic starts. Default: a copy of `reward` and its head, or a
+            fresh adapter like the policy's with a zero head.
+
+    Raises:
+        ValueError: An adapter that cannot be switched on a shared base, or that does not fit this one.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        policy: AdapterWeights | LoraConfig | None = None,
+        reward: AdapterWeights | None = None,
+        critic: AdapterWeights | None = None,
+    ):
+        if reward is not None and reward.head is None:
+            raise ValueError("the reward adapter has no scalar head: train it with task_type='SEQ_CLS', num_labels=1.")
+        if not isinstance(policy, AdapterWeights):
+            policy = AdapterWeights(check_lora_config(policy or lora_config(), "peft_config"))
+        base_name = base.name_or_path
+        for role, adapter in ((Role.POLICY, policy), (Role.REWARD, reward), (Role.CRITIC, critic)):
+            if adapter is not None:
+                check_adapter_fits(adapter, base.config, base_name, f"{role.value} adapter")
+        base.requires_grad_(False)
+        super().__init__(base, self._own_config(policy, base_name))
+        hidden_size = base.config.get_text_config().hidden_size
+        self.heads = nn.ModuleDict()
+        self.model_card: Callable[[], str] | None = None
+        self.active_role = Role.POLICY
+        self._roles = {Role.POLICY: Role.POLICY.adapter_name}
+        self._lora_layers: list[BaseTunerLayer] = []
+        if policy.weights is not None:
+            self._load_weights(Role.POLICY, policy.weights)
+            self._add_role(Role.REFERENCE, policy)
+        if reward is not None:
+            self._add_role(Role.REWARD, reward)
+            self.heads[Role.REWARD.value] = ScalarHead(hidden_size, reward.head)
+        start = critic or reward or AdapterWeights(policy.config)
+        self._add_role(Role.CRITIC, start)
+        self.heads[Role.CRITIC.value] = ScalarHead(hidden_size, start.head)
+        device = next(base.parameters()).device
+        self.heads.to(device)
+        self._index_layers()
+
+    # ------------------------------------------------------------------ construction
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model_name_or_path: str,
+        *,
+        policy_adapter: str | Path | None = None,
+        reward_adapter: str | Path | None = None,
+        critic_adapter: str | Path | None = None,
+        peft_config: LoraConfig | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        dtype: str | torch.dtype = "auto",
+        **model_init_kwargs: Any,
+    ) -> "SharedBaseModel":
+        """Load the base once and the roles' adapters onto it; each adapter is a folder or a Hub id.
+
+        Adapters are read and checked against the base's configuration before its weights are loaded.
+
+        Args:
+            model_name_or_path: The base.
+            policy_adapter: Where the policy starts (an SFT adapter) and what the reference stays at. Without it the
+                policy is fresh, made from `peft_config`, and the reference is the base itself.
+            reward_adapter: Made by `trl.RewardTrainer` with LoRA, or any PEFT SEQ_CLS adapter with one label.
+            critic_adapter: Where the critic starts. Default: the reward adapter, else fresh.
+            peft_config: LoRA configuration of a fresh policy (and of the critic, if that is fresh).
+            quantization_config: For a base in 4 bits.
+            dtype, model_init_kwargs: See `load_base`.
+
+        Raises:
+            ValueError: `policy_adapter` and `peft_config` together, or an adapter that does not fit.
+        """
+        if policy_adapter is not None and peft_config is not None:
+            raise ValueError(
+                "policy_adapter and peft_config were both given: an adapter brings its own configuration. Drop "
+                "peft_config to go on from the adapter, or policy_adapter to start a fresh one."
+            )
+        base_config = load_base_config(model_name_or_path, **model_init_kwargs)
+        adapters: dict[str, AdapterWeights | None] = {}
+        for name, path in (("policy", policy_adapter), ("reward", reward_adapter), ("critic", critic_adapter)):
+            adapters[name] = None if path is None else read_adapter(path, f"{name}_adapter")
+            if adapters[name] is not None:
+                check_adapter_fits(adapters[name], base_config, model_name_or_path, f"{name}_adapter ({path})")
+        if peft_config is not None:
+            check_lora_config(peft_config, "peft_config")
+        base = load_base(
+            model_name_or_path, quantization_config=quantization_config, dtype=dtype, **model_init_kwargs
+        )
+        return cls(base, adapters["policy"] or peft_config, adapters["reward"], adapters["critic"])
+
+    @classmethod
+    def from_peft(cls, model: PeftModel) -> "SharedBaseModel":
+        """Take over a `PeftModel`: its "default" adapter is where the policy starts, a copy of it the reference."""
+        config = check_lora_config(model.peft_config["default"], "the model's adapter")
+        weights = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+        weights = {key: value.detach().clone() for key, value in weights.items()}
+        return cls(model.unload(), AdapterWeights(copy.deepcopy(config), weights))
+
+    @staticmethod
+    def _own_config(adapter: AdapterWeights, base_name: str) -> LoraConfig:
+        config = copy.deepcopy(adapter.config)
+        config.base_model_name_or_path = config.base_model_name_or_path or base_name
+        config.inference_mode = False
+        return config
+
+    def _add_role(self, role: Role, adapter: AdapterWeights) -> None:
+        super().add_adapter(role.adapter_name, self._own_config(adapter, self.get_base_model().name_or_path))
+        self._roles[role] = role.adapter_name
+        if adapter.weights is not None:
+            self._load_weights(role, adapter.weights)
+
+    def _load_weights(self, role: Role, weights: dict[str, torch.Tensor]) -> None:
+        own = get_peft_model_state_dict(self, adapter_name=role.adapter_name, save_embedding_layers=False)
+        wrong = sorted(set(own) ^ set(weights)) or [k for k in own if own[k].shape != weights[k].shape]
+        if wrong:
+            raise ValueError(
+                f"the {role.value} adapter does not fit the base: {len(wrong)} weights differ in name or shape, first "
+                f"{wrong[0]!r}. It was trained on another base or with other target_modules."
+            )
+        set_peft_model_state_dict(self, weights, adapter_name=role.adapter_name)
+
+    def _index_layers(self) -> None:
+        self._lora_layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self._owner(name) in TRAINED)
+        self._activate(self.active_role)
+
+    def _owner(self, parameter_name: str) -> Role | None:
+        parts = parameter_name.split(".")
+        if parts[0] == "heads":
+            return Role(parts[1])
+        if not any(part.startswith("lora_") for part in parts):
+            return None
+        return next((role for role, name in self._roles.items() if name in parts), None)
+
+    @contextmanager
+    def protected(self) -> Iterator[None]:
+        """Undo what a library does to the adapters inside the block: adapters added, weights cast, gradients set.
+
+        `RLOOTrainer.__init__` adds a copy of the policy named "ref" and casts what is trainable to bfloat16 on a
+        4-bit base; after that the policy would no longer equal its reference.
+        """
+        kept = {p: p.data for name, p in self.named_parameters() if self._owner(name) is not None}
+        yield
+        for foreign in set(self.peft_config) - set(self._roles.values()):
+            self.delete_adapter(foreign)
+        for parameter, data in kept.items():
+            parameter.data = data.to(parameter.device)
+        self._index_layers()
+
+    # ------------------------------------------------------------------ the switch
+
+    def has_role(self, role: Role) -> bool:
+        """The reference is always there: as an adapter, or as the bare base under a fresh policy."""
+        return role in self._roles or role is Role.REFERENCE
+
+    def role(self, role: Role) -> RoleSwitch:
+        """`with model.role(Role.CRITIC): ...` computes with that role's adapter; gradients flags are not touched.
+
+        Raises:
+            ValueError: The model has no such role.
+        """
+        if not self.has_role(Role(role)):
+            raise ValueError(
+                f"this model has no {Role(role).value} role. Give it a {Role(role).value}_adapter in "
+                "SharedBaseModel.from_pretrained."
+            )
+        return RoleSwitch(self, Role(role))
+
+    def _activate(self, role: Role) -> None:
+        name = self._roles.get(role)
+        for layer in self._lora_layers:
+            if name is not None:
+                layer._active_adapter = [name]
+            layer._disable_adapters = name is None
+        self.active_role = role
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Switch to the role whose adapter has this name, without PEFT's changes to `requires_grad`."""
+        self._activate(next(role for role, name in self._roles.items() if name == adapter_name))
+
+    def disable_adapter(self) -> AbstractContextManager[Any]:  # type: ignore[override]
+        """Refused: PEFT's version freezes the critic when it returns.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError("use `with model.role(Role.REFERENCE)`: disable_adapter would freeze the other roles.")
+
+    # ------------------------------------------------------------------ gradient checkpointing
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Checkpoint so that the recomputation in backward sees the role that was active in forward.
+
+        Plain checkpointing recomputes under whatever adapter is active when backward runs: gradients are wrong and
+        nothing says so. The checkpoint's `context_fn` records the role; it lives here and not in the training
+        arguments, which are serialised.
+
+        Raises:
+            ValueError: `use_reentrant=True`, which has no `context_fn`.
+        """
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if kwargs["use_reentrant"]:
+            raise ValueError(
+                "gradient_checkpointing_kwargs={'use_reentrant': True} recomputes under the wrong role. Set "
+                "use_reentrant=False, or gradient_checkpointing=False."
+            )
+        self.get_base_model().gradient_checkpointing_enable({**kwargs, "context_fn": self._checkpoint_contexts})
+
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), RoleSwitch(self, self.active_role)
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: non-reentrant checkpointing needs no gradient at the embeddings."""
+
+    # ------------------------------------------------------------------ training
+
+    def parameter_groups(self, learning_rates: dict[Role, float], weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Optimizer groups, one per trained role: its adapter, and its head if it has one."""
+        groups = []
+        for role in TRAINED:
+            parameters = [p for name, p in self.named_parameters() if self._owner(name) is role]
+            lr = learning_rates[role]
+            groups.append({"params": parameters, "lr": lr, "weight_decay": weight_decay, "role": role.value})
+        return groups
+
+
+def shared_base_model(
+    model: Any,
+    peft_config: LoraConfig | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    **model_init_kwargs: Any,
+) -> SharedBaseModel:
+    """Whatever a TRL trainer takes as its model, as a `SharedBaseModel`.
+
+    Args:
+        model: A Hub id or folder, a `PreTrainedModel`, a `PeftModel`, or a `SharedBaseModel`, which is returned as is.
+        peft_config: Of the fresh policy adapter, for an id or a `PreTrainedModel`.
+        quantization_config, model_init_kwargs: For an id.
+
+    Raises:
+        ValueError: Options that this kind of model cannot take.
+        TypeError: Something that is no causal language model.
+    """
+    if isinstance(model, str):
+        return SharedBaseModel.from_pretrained(
+            model, peft_config=peft_config, quantization_config=quantization_config, **model_init_kwargs
+        )
+    if quantization_config is not None:
+        raise ValueError("quantization_config is for a model given by id; this one is loaded already: drop it.")
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError("the model has an adapter already: drop peft_config, or give the bare base.")
+        return model if isinstance(model, SharedBaseModel) else SharedBaseModel.from_peft(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be an id, a PreTrainedModel or a PeftModel, got {type(model).__name__}.")
+    return SharedBaseModel(model, peft_config)
