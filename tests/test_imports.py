@@ -1,6 +1,6 @@
 """Who may import whom, read from the source: every import statement counts, also one inside a function.
 
-recipes -> <method>/trainer -> <method>/{rollout, rewards, losses, data, config} -> ops. Trainers and rollouts use roles.
+recipes -> <method>/trainer -> <method>/{rollout, rewards, losses, data, config} -> ops; trainers, rollouts -> roles
 """
 
 import ast
@@ -74,7 +74,9 @@ def folder_of(path: Path) -> str:
     return parts[0] if len(parts) > 1 else ""
 
 
-each_file = pytest.mark.parametrize("path", FILES, ids=name_of)
+def each_file(where=lambda path: True):
+    """Parametrizes a test with the path of each file of trl_ext for which `where` is true."""
+    return pytest.mark.parametrize("path", filter(where, FILES), ids=name_of)
 
 
 def test_the_reader_sees_every_kind_of_import():
@@ -103,38 +105,31 @@ def test_every_folder_has_its_rule():
     assert folders <= set(ALLOWED), "give the new folder its line in ALLOWED"
 
 
-@each_file
+# Files directly in trl_ext name what is public, and may import from every folder.
+@each_file(lambda path: folder_of(path) != "")
 def test_folders_import_only_what_they_may(path):
-    folder = folder_of(path)
-    if not folder:
-        pytest.skip("the package itself, which names what is public, may import from every folder")
     own = {name.split(".")[1] for name in imports_of(path) if name.startswith("trl_ext.")}
-    assert own <= ALLOWED[folder] | {folder}
+    assert own <= ALLOWED[folder_of(path)] | {folder_of(path)}
 
 
-@each_file
+@each_file(lambda path: folder_of(path) != "roles")
 def test_only_roles_imports_peft_and_bitsandbytes(path):
-    if folder_of(path) != "roles":
-        assert not {"peft", "bitsandbytes"} & set(map(top, imports_of(path)))
+    assert not {"peft", "bitsandbytes"} & set(map(top, imports_of(path)))
 
 
-@each_file
+@each_file(lambda path: path.name not in ("config.py", "trainer.py") and folder_of(path) != "data")
 def test_trl_is_imported_only_in_configs_trainers_and_data(path):
-    if path.name not in ("config.py", "trainer.py") and folder_of(path) != "data":
-        assert "trl" not in set(map(top, imports_of(path)))
+    assert "trl" not in set(map(top, imports_of(path)))
 
 
-@each_file
+@each_file(lambda path: folder_of(path) == "ops" or path.name == "losses.py")
 def test_ops_and_losses_import_only_torch(path):
-    if folder_of(path) == "ops" or path.name == "losses.py":
-        for name in imports_of(path):
-            assert top(name) == "torch" or top(name) in sys.stdlib_module_names or name.startswith("trl_ext.ops")
+    for name in imports_of(path):
+        assert top(name) == "torch" or top(name) in sys.stdlib_module_names or name.startswith("trl_ext.ops")
 
 
-@each_file
+@each_file(lambda path: folder_of(path) in METHODS)
 def test_inside_a_method_nothing_points_back_up(path):
-    if folder_of(path) not in METHODS:
-        pytest.skip("not a method")
     method = f"trl_ext.{folder_of(path)}"
     imports = imports_of(path, typing=False)
     if path.name != "__init__.py":
@@ -152,6 +147,6 @@ def test_importing_the_package_imports_nothing_heavy():
     assert {top(name) for name in names} <= sys.stdlib_module_names
 
 
-@each_file
+@each_file()
 def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) < MAX_LINES, "a file that wants to be longer is two files"

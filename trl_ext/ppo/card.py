@@ -54,8 +54,11 @@ def changed_options(args: PPOMaxConfig) -> dict[str, Any]:
     changed = {}
     for field in fields(args):
         value = getattr(args, field.name)
-        if field.init and field.name not in NOT_METHOD and value != field.default and isinstance(
-            value, bool | int | float | str
+        if (
+            field.init
+            and field.name not in NOT_METHOD
+            and value != field.default
+            and isinstance(value, bool | int | float | str)
         ):
             changed[field.name] = value
     return changed

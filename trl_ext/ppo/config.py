@@ -144,19 +144,22 @@ class PPOMaxConfig(RLOOConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
-        if self.kl_control == "penalty" and self.beta == 0:
-            raise ValueError("kl_control='penalty' doubles and halves beta, so beta=0 stays 0: give beta > 0.")
         refused: dict[str, tuple[Any, str]] = {
             "reward_clip_range": (self.reward_clip_range, "use reward_clip, which clips after normalisation"),
             "sync_ref_model": (self.sync_ref_model, "the reference is the frozen starting policy"),
             "use_vllm": (self.use_vllm, "generation with vLLM is not supported yet; use transformers"),
             "router_aux_loss_coef": (self.router_aux_loss_coef, "the auxiliary loss of experts is not supported"),
             "use_liger_kernel": (self.use_liger_kernel, "it replaces the forward passes of the roles"),
+            "restore_callback_states_from_checkpoint": (
+                self.restore_callback_states_from_checkpoint,
+                "the state of PPO-Max is restored without it",
+            ),
         }
         for name, (value, remedy) in refused.items():
             if value:
                 raise ValueError(f"{name}={value!r} has no place in PPO-Max: {remedy}.")
-        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        checkpointing = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
+        if (checkpointing or {}).get("use_reentrant"):
             raise ValueError(
                 "gradient_checkpointing_kwargs={'use_reentrant': True} would recompute under the wrong role: set it "
                 "to False or leave it out."
@@ -175,7 +178,13 @@ class PPOMaxConfig(RLOOConfig):
             )
 
     def _check_numbers(self) -> None:
-        positive = ("kl_target", "gradient_accumulation_steps", "temperature", "ptx_max_length", "max_completion_length")
+        positive = (
+            "kl_target",
+            "gradient_accumulation_steps",
+            "temperature",
+            "ptx_max_length",
+            "max_completion_length",
+        )
         positive_or_none = ("reward_clip", "advantage_clip", "value_clip", "kl_horizon")
         not_negative = ("beta", "vf_coef", "entropy_coef", "ptx_coef", "critic_warmup_steps", "epsilon")
         not_negative_or_none = ("missing_eos_penalty", "critic_learning_rate", "epsilon_high")

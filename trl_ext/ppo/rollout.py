@@ -126,9 +126,7 @@ def score_with_roles(
         part = rollout.rows(start, start + batch_size)
         input_ids, attention_mask = part.input_ids, part.attention_mask
         length = part.completion_ids.shape[1]
-        outputs = model(
-            input_ids, attention_mask, roles=roles, completion_length=length, temperature=temperature
-        )
+        outputs = model(input_ids, attention_mask, roles=roles, completion_length=length, temperature=temperature)
         for name in names:
             filled[name][start : start + batch_size, :length] = outputs[name].float()
         if scores is not None:

@@ -73,7 +73,9 @@ def check_lora_config(config: Any, name: str) -> LoraConfig:
     }
     for field, (bad, remedy) in refused.items():
         if bad:
-            raise ValueError(f"{name}: {field}={getattr(config, field)!r} cannot be served on a shared base; {remedy}.")
+            raise ValueError(
+                f"{name}: {field}={getattr(config, field)!r} cannot be served on a shared base; {remedy}."
+            )
     extra = [m for m in config.modules_to_save or [] if m not in ("score", "classifier")]
     if extra:
         raise ValueError(

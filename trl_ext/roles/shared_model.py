@@ -77,6 +77,8 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):
         device = next(base.parameters()).device
         self.heads.to(device)
         self._index_layers()
+        if base.is_gradient_checkpointing:
+            self.activation_checkpointing_enable()
 
     # ------------------------------------------------------------------ construction
 
@@ -123,9 +125,7 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):
                 check_adapter_fits(adapters[name], base_config, model_name_or_path, f"{name}_adapter ({path})")
         if peft_config is not None:
             check_lora_config(peft_config, "peft_config")
-        base = load_base(
-            model_name_or_path, quantization_config=quantization_config, dtype=dtype, **model_init_kwargs
-        )
+        base = load_base(model_name_or_path, quantization_config=quantization_config, dtype=dtype, **model_init_kwargs)
         return cls(base, adapters["policy"] or peft_config, adapters["reward"], adapters["critic"])
 
     @classmethod
@@ -229,7 +229,9 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):
 
     # ------------------------------------------------------------------ gradient checkpointing
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """Checkpoint so that the recomputation in backward sees the role that was active in forward.
 
         Plain checkpointing recomputes under whatever adapter is active when backward runs: gradients are wrong and
@@ -239,19 +241,28 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):
         Raises:
             ValueError: `use_reentrant=True`, which has no `context_fn`.
         """
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if kwargs["use_reentrant"]:
             raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} recomputes under the wrong role. Set "
+                "gradient checkpointing with use_reentrant=True recomputes under the wrong role. Set "
                 "use_reentrant=False, or gradient_checkpointing=False."
             )
-        self.get_base_model().gradient_checkpointing_enable({**kwargs, "context_fn": self._checkpoint_contexts})
+        base = self.get_base_model()
+        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+        enable({**kwargs, "context_fn": self._checkpoint_contexts}, **options)
+        base.disable_input_require_grads()  # only reentrant checkpointing needs a gradient at the embeddings
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The name of `activation_checkpointing_enable` before transformers 5.20, still called by TRL."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return nullcontext(), RoleSwitch(self, self.active_role)
 
     def enable_input_require_grads(self) -> None:
-        """Nothing to do: non-reentrant checkpointing needs no gradient at the embeddings."""
+        """Nothing to do: non-reentrant checkpointing needs no gradient at the embeddings, and TRL asks for it."""
 
     # ------------------------------------------------------------------ training
 

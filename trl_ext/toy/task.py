@@ -84,7 +84,7 @@ _TOKEN = re.compile(r"[a-z]+|[^\sa-z]")
 KIND_POINTS = 0.15
 UNKIND_POINTS = -0.15
 REPEAT_POINTS = -0.15
-MALFORMED_POINTS = -0.2
+MALFORMED_POINTS = -0.25
 LENGTH_POINTS = -0.2
 NO_ENDING_POINTS = -0.3
 SENTENCES_MIN, SENTENCES_MAX = 3, 5
@@ -114,7 +114,7 @@ def gold_score(text: str) -> float:
     (kind, unkind or plain verbs, adjectives and things; the second "happy" is one), `M` malformed sentences, `L`
     sentences short of 3 or beyond 5, and `E` = 1 unless the last sentence is a closing one:
 
-        gold = clip(0.15 K - 0.15 U - 0.15 R - 0.2 M - 0.2 L - 0.3 E, -1, 1)
+        gold = clip(0.15 K - 0.15 U - 0.15 R - 0.25 M - 0.2 L - 0.3 E, -1, 1)
 
     Args:
         text: the completion, in words separated by spaces; words outside the vocabulary make a sentence malformed.
@@ -258,12 +258,12 @@ def demonstrations(count: int, rng: random.Random) -> list[dict[str, str]]:
 
 
 def preference_pairs(
-    count: int, rng: random.Random, temperature: float = 0.2, split: str = "train"
+    count: int, rng: random.Random, temperature: float = 0.25, split: str = "train"
 ) -> list[dict[str, str]]:
     """`count` comparisons of two demonstrations, labelled by a noisy reader with the gold reward in mind.
 
     The reader is a Bradley-Terry one: P(a is chosen over b) = sigmoid((gold(a) - gold(b)) / temperature). Temperature
-    0.2 makes about 4 of 5 labels agree with the gold reward; 0 makes all of them, and drops pairs of equal gold.
+    0.25 makes about 7 of 10 labels agree with the gold reward; 0 makes all of them, and drops pairs of equal gold.
 
     Returns:
         Records with the columns "prompt", "chosen" and "rejected".
