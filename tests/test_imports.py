@@ -76,7 +76,7 @@ def folder_of(path: Path) -> str:
 
 def each_file(where=lambda path: True):
     """Parametrizes a test with the path of each file of trl_ext for which `where` is true."""
-    return pytest.mark.parametrize("path", filter(where, FILES), ids=name_of)
+    return pytest.mark.parametrize("path", [path for path in FILES if where(path)], ids=name_of)
 
 
 def test_the_reader_sees_every_kind_of_import():

@@ -3,7 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-
 __version__ = "0.1.0"
 
 _SOURCES = {

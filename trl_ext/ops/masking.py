@@ -38,9 +38,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = Non
     return torch.where(mask, x, 0).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
-def masked_mean_var(
-    x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def masked_mean_var(x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of `x` where `mask` is 1, over all processes if `reduce` is given; 0 where nothing is.
 
         mean = sum(x) / n        var = sum((x - mean)^2) / n

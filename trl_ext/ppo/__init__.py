@@ -3,7 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-
 __all__ = ["PPOMaxConfig", "PPOMaxTrainer"]
 
 if TYPE_CHECKING:

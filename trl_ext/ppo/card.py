@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from trl_ext.ppo.config import PPOMaxConfig
 
-
 if TYPE_CHECKING:
     from trl_ext.ppo.trainer import PPOMaxTrainer
 
@@ -23,7 +22,7 @@ def model_card(trainer: "PPOMaxTrainer") -> str:
     header = ["---", f"base_model: {base}", "library_name: peft", "pipeline_tag: text-generation", "tags:"]
     header += [f"- {tag}" for tag in ("ppo", "rlhf", "lora", "trl", "trl_ext")] + ["---"]
     body = [
-        f"# {trainer.args.output_dir.rstrip('/').split('/')[-1]}",
+        f"# {str(trainer.args.output_dir).rstrip('/').split('/')[-1]}",
         "",
         f"A LoRA adapter on `{base}`, trained by PPO-Max "
         "([arXiv 2307.04964](https://huggingface.co/papers/2307.04964)) with trl_ext.",

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
-
 
 LONGEST_TO_CHECK = 16
 
@@ -119,7 +119,7 @@ def checked_reward(function: Callable[..., Any]) -> Callable[..., Any]:
                 )
         return rewards
 
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
 
         @functools.wraps(function, updated=())
         async def checked_async(*args: Any, **kwargs: Any) -> Any:
@@ -134,3 +134,17 @@ def checked_reward(function: Callable[..., Any]) -> Callable[..., Any]:
 
     checked.__name__ = name
     return checked
+
+
+def reward_list(reward_funcs: Any, has_reward_role: bool) -> list[Any]:
+    """Reward functions as a list, each function checked; none is fine when the model scores by itself.
+
+    Raises:
+        ValueError: Neither reward functions nor a reward role.
+    """
+    funcs = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    if not funcs and not has_reward_role:
+        raise ValueError(
+            "there is nothing to train against: give reward_funcs, or a SharedBaseModel with a reward_adapter."
+        )
+    return [f if isinstance(f, str | torch.nn.Module) else checked_reward(f) for f in funcs]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from trl import RLOOConfig
 
-
 REWARD_NORMALIZATIONS = ("norm", "scale", "none")
 KL_CONTROLS = ("fixed", "adaptive", "penalty")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -158,23 +157,20 @@ class PPOMaxConfig(RLOOConfig):
         for name, (value, remedy) in refused.items():
             if value:
                 raise ValueError(f"{name}={value!r} has no place in PPO-Max: {remedy}.")
-        checkpointing = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
+        checkpointing: Any = (
+            getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
+        )
         if (checkpointing or {}).get("use_reentrant"):
             raise ValueError(
                 "gradient_checkpointing_kwargs={'use_reentrant': True} would recompute under the wrong role: set it "
                 "to False or leave it out."
             )
-        if self.gradient_accumulation_steps > self.steps_per_generation * self.num_iterations:
-            raise ValueError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} is larger than the "
-                f"{self.steps_per_generation} micro-batches x {self.num_iterations} passes of one rollout batch: an "
-                "optimizer step would mix rollouts of two policies. Lower it, or raise steps_per_generation."
-            )
+        assert self.steps_per_generation is not None  # RLOOConfig has set it
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation={self.steps_per_generation} must be a multiple of "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}, so that a pass over the rollout batch "
-                "is a whole number of optimizer steps."
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}, so that a pass over the rollout "
+                "batch is a whole number of optimizer steps."
             )
 
     def _check_numbers(self) -> None:

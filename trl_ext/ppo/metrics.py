@@ -17,9 +17,10 @@ from torch import Tensor
 from trl_ext.ops.masking import masked_mean_var
 from trl_ext.ppo.rollout import Rollout
 
-
 if TYPE_CHECKING:
     from trl_ext.ppo.config import PPOMaxConfig
+
+FIRST_KL_TOLERANCE = 1e-6
 
 
 class PhaseTimer:
@@ -148,6 +149,23 @@ def check_finite(terms: dict[str, Tensor], step: int, output_dir: str) -> None:
         f"non-finite loss at step {step}: {bad}. The weights have not been changed by it. {last} Lower the learning "
         "rate of that role, or compute in float32 or bfloat16 instead of float16."
     )
+
+
+def check_first_kl(rollout: Rollout) -> None:
+    """Before the first update the policy is the reference; if not, the KL is anchored somewhere else.
+
+    Raises:
+        RuntimeError: Their log-probabilities differ.
+    """
+    if rollout.reference_logps is None:
+        return
+    worst = float((rollout.logps - rollout.reference_logps).abs().max())
+    if worst > FIRST_KL_TOLERANCE:
+        raise RuntimeError(
+            f"before the first update the policy's log-probabilities differ from the reference's by up to {worst}: the "
+            "KL would be measured from another model. Is dropout on (disable_dropout=False), or was the policy changed "
+            "after the SharedBaseModel was made?"
+        )
 
 
 def warn_about_off_policy_sampling(args: "PPOMaxConfig") -> None:

@@ -34,7 +34,7 @@ class PTXBatches:
         names = set(dataset.column_names)
         if not ({"text", "messages"} & names or {"prompt", "completion"} <= names):
             raise ValueError(
-                f"ptx_dataset has columns {sorted(names)}: it needs 'text', or 'messages', or 'prompt' and 'completion'."
+                f"ptx_dataset has columns {sorted(names)}: it needs 'text', 'messages', or 'prompt' and 'completion'."
             )
         if len(dataset) == 0:
             raise ValueError("ptx_dataset is empty: give texts, or set ptx_coef=0.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from trl_ext.ops.masking import masked_whiten
 from trl_ext.ppo.rewards import token_rewards
 from trl_ext.roles import Role, SharedBaseModel
 
-
 Reduce = Callable[[Tensor], Tensor]
+NOT_YET: Any = None  # what a stage has not filled in
 
 
 @dataclass
@@ -28,16 +29,16 @@ class Rollout:
     completion_ids: Tensor  # (B, T) int, padded right
     completion_mask: Tensor  # (B, T) int
     truncated: Tensor  # (B,) bool, cut by the length limit: no end-of-sequence token
-    logps: Tensor | None = None  # (B, T) of the sampled tokens under the policy that sampled them
-    entropy: Tensor | None = None  # (B, T) nats
+    logps: Tensor = NOT_YET  # (B, T) of the sampled tokens under the policy that sampled them
+    entropy: Tensor = NOT_YET  # (B, T) nats
     reference_logps: Tensor | None = None  # (B, T) under the reference; None when beta is 0
-    values: Tensor | None = None  # (B, T) of the state before each token
-    scores: Tensor | None = None  # (B,) raw sequence reward
-    shaped_scores: Tensor | None = None  # (B,) normalised, clipped, less the penalty for a missing end
-    kl: Tensor | None = None  # (B, T) estimate of the KL from the reference, 0 on padding
-    rewards: Tensor | None = None  # (B, T) -beta kl, plus the shaped score on the last token
-    advantages: Tensor | None = None  # (B, T)
-    returns: Tensor | None = None  # (B, T)
+    values: Tensor = NOT_YET  # (B, T) of the state before each token
+    scores: Tensor = NOT_YET  # (B,) raw sequence reward
+    shaped_scores: Tensor = NOT_YET  # (B,) normalised, clipped, less the penalty for a missing end
+    kl: Tensor = NOT_YET  # (B, T) estimate of the KL from the reference, 0 on padding
+    rewards: Tensor = NOT_YET  # (B, T) -beta kl, plus the shaped score on the last token
+    advantages: Tensor = NOT_YET  # (B, T)
+    returns: Tensor = NOT_YET  # (B, T)
 
     @classmethod
     def from_ids(
@@ -105,7 +106,7 @@ def _pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tup
     return ids, mask
 
 
-def _slice(value: Tensor | None, start: int, stop: int) -> Tensor | None:
+def _slice(value: Any, start: int, stop: int) -> Any:
     return None if value is None else value[start:stop]
 
 
@@ -133,12 +134,11 @@ def score_with_roles(
             scores[start : start + batch_size] = model.score(input_ids, attention_mask).float()
     for name in names:
         setattr(rollout, name, filled[name])
-    rollout.scores = scores
+    rollout.scores = scores  # type: ignore[assignment]
 
 
 def add_kl_and_rewards(rollout: Rollout, *, estimator: str, beta: float) -> None:
     """Fill `kl` and `rewards` from `shaped_scores`: the penalty on every token, the score on the last one."""
-    assert rollout.logps is not None and rollout.shaped_scores is not None
     mask = rollout.completion_mask.bool()
     if rollout.reference_logps is None:
         rollout.kl = torch.zeros_like(rollout.logps)
@@ -151,7 +151,6 @@ def add_advantages(
     rollout: Rollout, *, gamma: float, lam: float, whiten: bool, clip: float | None, reduce: Reduce | None = None
 ) -> None:
     """Fill `advantages` and `returns` by GAE; advantages whitened over the batch of all processes, then clipped."""
-    assert rollout.rewards is not None and rollout.values is not None
     mask = rollout.completion_mask.bool()
     advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, gamma, lam)
     if whiten:

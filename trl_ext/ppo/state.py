@@ -9,7 +9,6 @@ from transformers.trainer_callback import ExportableState
 from trl_ext.ops.kl import AdaptiveKL, FixedKL, KLController, PenaltyKL
 from trl_ext.ops.moments import RunningMoments
 
-
 if TYPE_CHECKING:
     from trl_ext.ppo.config import PPOMaxConfig
     from trl_ext.ppo.trainer import PPOMaxTrainer

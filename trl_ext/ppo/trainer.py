@@ -4,7 +4,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import gather, gather_object, set_seed
@@ -21,18 +21,17 @@ from trl import RLOOTrainer
 
 from trl_ext.ppo import metrics
 from trl_ext.ppo.card import model_card
-from trl_ext.ppo.checks import check_lengths, check_prompts, check_tokenizer, checked_reward
+from trl_ext.ppo.checks import check_lengths, check_prompts, check_tokenizer, reward_list
 from trl_ext.ppo.config import PPOMaxConfig
 from trl_ext.ppo.losses import explained_variance, policy_loss, value_loss
 from trl_ext.ppo.ptx import PTXBatches
-from trl_ext.ppo.rewards import shape_scores
+from trl_ext.ppo.rewards import shape_scores, weighted_scores
 from trl_ext.ppo.rollout import Rollout, add_advantages, add_kl_and_rewards, score_with_roles
 from trl_ext.ppo.state import PPOState, PPOStateCallback
 from trl_ext.roles import Role, SharedBaseModel, load_base_config, max_positions, shared_base_model
 
-
 RewardFunction = str | PreTrainedModel | Callable[..., Any]
-AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Any]
+AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Any]
 # What a micro-batch of the update needs of a rollout
 UPDATE_FIELDS = (
     "prompt_ids",
@@ -45,7 +44,6 @@ UPDATE_FIELDS = (
     "advantages",
     "returns",
 )
-FIRST_KL_TOLERANCE = 1e-6
 
 
 class PPOMaxTrainer(RLOOTrainer):
@@ -71,6 +69,11 @@ class PPOMaxTrainer(RLOOTrainer):
         ValueError: Bad input, before any model is loaded where that is possible.
     """
 
+    args: PPOMaxConfig
+    model: SharedBaseModel
+    _logs: dict[str, Any]
+    _ptx: PTXBatches | None
+
     _tag_names = ["trl", "trl_ext", "ppo"]
     _name = "PPO-Max"
     _paper = {
@@ -91,7 +94,7 @@ class PPOMaxTrainer(RLOOTrainer):
         reward_funcs: RewardFunction | list[RewardFunction] | None = None,
         args: PPOMaxConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: AnyDataset | None = None,
+        eval_dataset: "AnyDataset | None" = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -100,12 +103,15 @@ class PPOMaxTrainer(RLOOTrainer):
         peft_config: Any = None,
         ptx_dataset: Dataset | None = None,
     ):
-        base_name = model if isinstance(model, str) else model.config.name_or_path
+        base_name = str(model if isinstance(model, str) else model.config.name_or_path)
         args = args or PPOMaxConfig(f"{base_name.split('/')[-1]}-PPO")
-        init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        init_kwargs: dict[str, Any] = {
+            "trust_remote_code": args.trust_remote_code,
+            **dict(args.model_init_kwargs or {}),
+        }
 
         # 1. Everything that can be wrong without a model
-        reward_funcs = _reward_list(reward_funcs, model)
+        reward_funcs = reward_list(reward_funcs, isinstance(model, SharedBaseModel) and model.has_role(Role.REWARD))
         check_prompts(train_dataset, "train_dataset")
         check_prompts(eval_dataset, "eval_dataset")
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
@@ -116,7 +122,7 @@ class PPOMaxTrainer(RLOOTrainer):
         check_tokenizer(processing_class)
         base_config = load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config
         positions = max_positions(base_config)
-        check_lengths(train_dataset, "train_dataset", processing_class, args.max_completion_length, positions)
+        check_lengths(train_dataset, "train_dataset", processing_class, args.max_completion_length or 0, positions)
 
         # 2. One base, four roles
         set_seed(args.seed)
@@ -126,7 +132,7 @@ class PPOMaxTrainer(RLOOTrainer):
         with model.protected():
             super().__init__(
                 model=model,
-                reward_funcs=[checked_reward(f) if _is_function(f) else f for f in reward_funcs],
+                reward_funcs=reward_funcs,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -139,8 +145,8 @@ class PPOMaxTrainer(RLOOTrainer):
 
         # 4. What PPO adds
         if self.optimizer is None:
-            rates = {Role.POLICY: args.learning_rate, Role.CRITIC: args.critic_learning_rate}
-            optimizer, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
+            rates = {Role.POLICY: args.learning_rate, Role.CRITIC: args.critic_learning_rate or 0.0}
+            optimizer, kwargs = self.get_optimizer_cls_and_kwargs(args)
             self.optimizer = optimizer(model.parameter_groups(rates, args.weight_decay), **kwargs)
         self.ppo_state = PPOState(args)
         self.add_callback(PPOStateCallback(self))
@@ -193,11 +199,12 @@ class PPOMaxTrainer(RLOOTrainer):
                 with_reference=self.beta != 0,
             )
         if training and state.rollouts == 0:
-            self._check_first_kl(rollout)
+            metrics.check_first_kl(rollout)
 
         # 3. Sequence scores: reward role and functions, weighted
         per_function = self._function_rewards(inputs, prompts, completions, completion_ids)
-        role_scores, rollout.scores = rollout.scores, self._weighted(rollout.scores, per_function)
+        role_scores = rollout.scores
+        rollout.scores = weighted_scores(per_function, self.reward_weights, role_scores, args.reward_role_weight)
 
         # 4. Running normalisation, clip, penalty for a missing end
         clip, mode = args.reward_clip, args.reward_normalization
@@ -246,7 +253,8 @@ class PPOMaxTrainer(RLOOTrainer):
         batch = Rollout(**{name: inputs[name] for name in UPDATE_FIELDS}).trimmed()
         mask = batch.completion_mask.bool()
         if not self.model.training:  # nothing has moved since the rollout: the losses at ratio 1, without a pass
-            outputs, warming_up = {"logps": batch.logps, "values": batch.values}, False
+            warming_up = False
+            outputs = {"logps": batch.logps, "values": batch.values}
         else:
             # 1. One pass per role, inside one call of the wrapped module
             warming_up = self.ppo_state.in_warmup(self.state.global_step)
@@ -285,7 +293,7 @@ class PPOMaxTrainer(RLOOTrainer):
                 stats["ptx_loss"] = outputs["ptx_loss"]
 
         # 3. No silent nonsense
-        metrics.check_finite(terms, self.state.global_step, args.output_dir)
+        metrics.check_finite(terms, self.state.global_step, str(args.output_dir))
         self.record(metrics.average_over_processes(stats))
         return torch.stack(list(terms.values())).sum()
 
@@ -319,35 +327,8 @@ class PPOMaxTrainer(RLOOTrainer):
         start = self.accelerator.process_index * len(prompts)
         return gathered[start : start + len(prompts)]
 
-    def _weighted(self, role_scores: Tensor | None, per_function: Tensor) -> Tensor:
-        """(B,) weighted sum over the reward role and the functions that apply.
-
-        Raises:
-            ValueError: A sample that nothing scored.
-        """
-        unscored = torch.isnan(per_function).all(dim=1) if role_scores is None else torch.tensor(False)
-        if unscored.any():
-            rows = unscored.nonzero().flatten().tolist()
-            raise ValueError(
-                f"every reward function returned None for the samples {rows} of the batch: PPO needs a score for each "
-                "completion. Return a number from at least one function."
-            )
-        total = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
-        return total if role_scores is None else total + self.args.reward_role_weight * role_scores
-
-    def _check_first_kl(self, rollout: Rollout) -> None:
-        """Before the first update the policy is the reference; if not, the KL is anchored somewhere else."""
-        if rollout.reference_logps is None:
-            return
-        worst = float((rollout.logps - rollout.reference_logps).abs().max())
-        if worst > FIRST_KL_TOLERANCE:
-            raise RuntimeError(
-                f"before the first update the policy's log-probabilities differ from the reference's by up to {worst}: "
-                "the KL would be measured from another model. Is dropout on (disable_dropout=False), or was the policy "
-                "changed after the SharedBaseModel was made?"
-            )
-
     def _next_ptx(self) -> dict[str, Tensor]:
+        assert self._ptx is not None
         micro_steps = self.args.gradient_accumulation_steps
         batch = self._ptx.batch(self.state.global_step * micro_steps + self._step % micro_steps)
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
@@ -364,18 +345,3 @@ class PPOMaxTrainer(RLOOTrainer):
             self._logs["rewards"]["reward_role"].extend(gather(rollout.scores).tolist())
         lengths = rollout.completion_mask.sum(1).clamp(min=1)
         self._logs["advantages"].extend(gather(rollout.advantages.sum(1) / lengths).tolist())
-
-
-def _is_function(reward: Any) -> bool:
-    return not isinstance(reward, str | torch.nn.Module)
-
-
-def _reward_list(reward_funcs: Any, model: Any) -> list[Any]:
-    """Reward functions as a list; none is fine when the model scores by itself."""
-    funcs = [] if reward_funcs is None else list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
-    has_role = isinstance(model, SharedBaseModel) and model.has_role(Role.REWARD)
-    if not funcs and not has_role:
-        raise ValueError(
-            "there is nothing to train against: give reward_funcs, or a SharedBaseModel with a reward_adapter."
-        )
-    return funcs

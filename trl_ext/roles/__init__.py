@@ -1,11 +1,10 @@
-"""Four roles, one frozen base: policy, reference, reward and critic as LoRA adapters. The only folder that imports PEFT."""
+"""Policy, reference, reward and critic as LoRA adapters on one frozen base. Only this folder imports PEFT."""
 
 from trl_ext.roles.adapters import AdapterWeights, lora_config, read_adapter
 from trl_ext.roles.base import load_base, load_base_config, max_positions
 from trl_ext.roles.heads import ScalarHead
 from trl_ext.roles.role import Role
 from trl_ext.roles.shared_model import SharedBaseModel, shared_base_model
-
 
 __all__ = [
     "AdapterWeights",

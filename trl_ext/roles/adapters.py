@@ -10,7 +10,6 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, TaskType
 from safetensors.torch import load_file, save_file
 
-
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD_KEY = "base_model.model.score.weight"  # where PEFT puts the head of a sequence-classification adapter
@@ -73,9 +72,7 @@ def check_lora_config(config: Any, name: str) -> LoraConfig:
     }
     for field, (bad, remedy) in refused.items():
         if bad:
-            raise ValueError(
-                f"{name}: {field}={getattr(config, field)!r} cannot be served on a shared base; {remedy}."
-            )
+            raise ValueError(f"{name}: {field}={getattr(config, field)!r} cannot be served on a shared base; {remedy}.")
     extra = [m for m in config.modules_to_save or [] if m not in ("score", "classifier")]
     if extra:
         raise ValueError(
@@ -153,8 +150,8 @@ def check_adapter_fits(adapter: AdapterWeights, base_config: Any, base_name: str
     trained_on = adapter.config.base_model_name_or_path
     if trained_on and base_name and Path(trained_on).name.lower() != Path(base_name).name.lower():
         raise ValueError(
-            f"{name}: it was trained on {trained_on!r}, the base is {base_name!r}. An adapter on other weights computes "
-            "nonsense without an error. If they are the same weights, edit base_model_name_or_path in its "
+            f"{name}: it was trained on {trained_on!r}, the base is {base_name!r}. On other weights an adapter "
+            "computes nonsense without an error. If they are the same weights, edit base_model_name_or_path in its "
             f"{CONFIG_FILE}."
         )
 

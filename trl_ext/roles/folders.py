@@ -16,7 +16,7 @@ class RoleFolders:
     """Saving, loading and publishing of roles. Mixed into `SharedBaseModel`."""
 
     if TYPE_CHECKING:
-        heads: torch.nn.ModuleDict
+        heads: Any
         peft_config: dict[str, Any]
         model_card: Callable[[], str] | None
         _roles: dict[Role, str]

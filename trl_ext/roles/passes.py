@@ -104,7 +104,7 @@ class RolePasses:
 
     def _logprobs(
         self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy_grad: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Any]:
         base = self.get_base_model()
         lm_head = base.get_output_embeddings()
         factor, softcap = head_scaling(base.config)

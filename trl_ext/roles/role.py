@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
-
 
 if TYPE_CHECKING:
     from trl_ext.roles.shared_model import SharedBaseModel
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """What an adapter is for. The policy's adapter is PEFT's "default", so that its folder loads anywhere."""
 
     POLICY = "policy"
@@ -29,10 +28,10 @@ TRAINED = (Role.POLICY, Role.CRITIC)
 class RoleSwitch:
     """Context manager that makes a role compute and restores the previous one, also when an error leaves it."""
 
-    def __init__(self, model: "SharedBaseModel", role: Role):
+    def __init__(self, model: SharedBaseModel, role: Role):
         self.model, self.role_to_use, self.previous = model, role, model.active_role
 
-    def __enter__(self) -> "SharedBaseModel":
+    def __enter__(self) -> SharedBaseModel:
         self.previous = self.model.active_role
         self.model._activate(self.role_to_use)
         return self.model

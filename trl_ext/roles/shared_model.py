@@ -26,7 +26,7 @@ from trl_ext.roles.passes import RolePasses
 from trl_ext.roles.role import TRAINED, Role, RoleSwitch
 
 
-class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):
+class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):  # type: ignore[misc]
     """One frozen base with an adapter per role; a `PeftModel` whose "default" adapter is the policy.
 
     Args:
@@ -53,7 +53,7 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):
             raise ValueError("the reward adapter has no scalar head: train it with task_type='SEQ_CLS', num_labels=1.")
         if not isinstance(policy, AdapterWeights):
             policy = AdapterWeights(check_lora_config(policy or lora_config(), "peft_config"))
-        base_name = base.name_or_path
+        base_name = base.name_or_path or ""
         for role, adapter in ((Role.POLICY, policy), (Role.REWARD, reward), (Role.CRITIC, critic)):
             if adapter is not None:
                 check_adapter_fits(adapter, base.config, base_name, f"{role.value} adapter")
@@ -118,15 +118,15 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):
                 "peft_config to go on from the adapter, or policy_adapter to start a fresh one."
             )
         base_config = load_base_config(model_name_or_path, **model_init_kwargs)
-        adapters: dict[str, AdapterWeights | None] = {}
+        adapters: dict[str, AdapterWeights] = {}
         for name, path in (("policy", policy_adapter), ("reward", reward_adapter), ("critic", critic_adapter)):
-            adapters[name] = None if path is None else read_adapter(path, f"{name}_adapter")
-            if adapters[name] is not None:
+            if path is not None:
+                adapters[name] = read_adapter(path, f"{name}_adapter")
                 check_adapter_fits(adapters[name], base_config, model_name_or_path, f"{name}_adapter ({path})")
         if peft_config is not None:
             check_lora_config(peft_config, "peft_config")
         base = load_base(model_name_or_path, quantization_config=quantization_config, dtype=dtype, **model_init_kwargs)
-        return cls(base, adapters["policy"] or peft_config, adapters["reward"], adapters["critic"])
+        return cls(base, adapters.get("policy", peft_config), adapters.get("reward"), adapters.get("critic"))
 
     @classmethod
     def from_peft(cls, model: PeftModel) -> "SharedBaseModel":

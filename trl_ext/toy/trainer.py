@@ -127,7 +127,11 @@ def _run_stage(root: Path, name: str, build: Callable[[Path, Path, int, float], 
             "call build_world once in a single process first"
         )
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=f".unfinished-{name}-") as scratch, quiet_console(), random_state_kept():
+    with (
+        tempfile.TemporaryDirectory(dir=root, prefix=f".unfinished-{name}-") as scratch,
+        quiet_console(),
+        random_state_kept(),
+    ):
         built = Path(scratch) / name
         build(built, root / "base", seed, scale)
         try:
@@ -167,9 +171,7 @@ def _build_reward(output: Path, base: Path, seed: int, scale: float) -> None:
     tokenizer = toy_model.build_tokenizer()
     trainer = RewardTrainer(
         model=str(base),
-        args=RewardConfig(
-            **_arguments(output, _REWARD, seed, scale), max_length=128, center_rewards_coefficient=0.01
-        ),
+        args=RewardConfig(**_arguments(output, _REWARD, seed, scale), max_length=128, center_rewards_coefficient=0.01),
         train_dataset=Dataset.from_list(task.preference_pairs(_REWARD.examples(scale), _rng(seed, "reward"))),
         processing_class=tokenizer,
         peft_config=lora_config(task_type="SEQ_CLS"),
