@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# A chunk's logits hold about this many elements: 32 MiB in float32.
-CHUNK_ELEMENTS = 2**23
+# A chunk holds about 8 MiB of float32 logits, but at least so many rows that reading W pays.
+CHUNK_ELEMENTS, CHUNK_ROWS = 2**21, 128
 
 
 def token_logprobs(
@@ -52,7 +52,7 @@ def token_logprobs(
         temperature: positive.
         softcap: bound of the logits (Gemma's `final_logit_softcapping`), positive.
         logit_scale: factor on the logits (Cohere's `logit_scale`).
-        chunk_size: tokens in a chunk; by default as many as keep its logits at about 32 MiB.
+        chunk_size: tokens in a chunk; by default about 8 MiB of logits, and at least 128.
         with_entropy: False skips the entropy.
         entropy_grad: True lets gradient flow through the entropy too, at the price of a second product with W.
 
@@ -71,7 +71,7 @@ def token_logprobs(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if chunk_size is None:
-        chunk_size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        chunk_size = max(CHUNK_ROWS, CHUNK_ELEMENTS // weight.shape[0])
     head = _Head(weight, bias, temperature, softcap, logit_scale, chunk_size)
     with torch.autocast(device, enabled=False):
         if hidden.requires_grad and torch.is_grad_enabled():

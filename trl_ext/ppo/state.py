@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 # Fields that change the meaning of what the state holds. A run can't go on with others.
 FIXED_FIELDS = (
     "reward_normalization",
+    "beta",
     "kl_control",
     "kl_estimator",
+    "num_generations",
     "num_iterations",
     "steps_per_generation",
     "generation_batch_size",
@@ -101,6 +103,10 @@ class PPOStateCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": self.trainer.ppo_state.state_dict()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # TRL counts micro-batches from 0 and keeps its buffer. Without this, a run that goes on from the middle of a
+        # rollout (where `max_steps` or an interrupt ended the last one) would generate at the wrong steps from then on.
+        self.trainer._step = state.global_step * args.gradient_accumulation_steps
+        self.trainer._buffered_inputs = None
         if state.global_step == 0:
             return
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, TaskType
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +15,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD_KEY = "base_model.model.score.weight"  # where PEFT puts the head of a sequence-classification adapter
 MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these rewrite the base they are put on
+SILENT_INITS = (True, "gaussian")  # a fresh adapter computes exactly what its base does
+SHARED_MODULES = {"lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in"}
+READS_HIDDEN_STATES = ("q_proj", "k_proj", "v_proj", "c_attn", "query_key_value")  # projections with H inputs
 
 
 @dataclass
@@ -49,13 +53,18 @@ def lora_config(
     return LoraConfig(task_type=task_type, r=r, lora_alpha=alpha, target_modules=target_modules, **overrides)
 
 
-def check_lora_config(config: Any, name: str) -> LoraConfig:
-    """Refuse what cannot be switched per role on one base; `name` says whose configuration it is.
+def check_lora_config(config: Any, name: str, fresh: bool = False) -> LoraConfig:
+    """Refuse what cannot be switched per role on one base.
+
+    Args:
+        config: A `peft.LoraConfig`.
+        name: Whose configuration it is, for errors.
+        fresh: No trained weights replace the initial ones, so they must leave the base's outputs as they are.
 
     Raises:
         TypeError: Not a `peft.LoraConfig`.
         ValueError: DoRA, trained biases, saved or token-wise trained modules, an adapter on the LM head or the
-            embeddings, or an initialisation that changes the base, with what to do instead.
+            embeddings, or an initialisation that changes the base or a fresh role, with what to do instead.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"{name}: roles need a peft.LoraConfig, got {type(config).__name__}. Use LoRA adapters.")
@@ -65,11 +74,18 @@ def check_lora_config(config: Any, name: str) -> LoraConfig:
         "lora_bias": (config.lora_bias, "train it with lora_bias=False"),
         "trainable_token_indices": (config.trainable_token_indices, "the embeddings are shared by all roles"),
         "target_parameters": (config.target_parameters, "target linear layers by `target_modules` instead"),
+        "layer_replication": (config.layer_replication, "it rebuilds the base's layers, which are the reference's too"),
+        "alora_invocation_tokens": (config.alora_invocation_tokens, "its offsets do not reach the passes of the roles"),
         "init_lora_weights": (
             str(config.init_lora_weights).lower().startswith(MUTATING_INITS),
             "it rewrites the base, which is the reference; use init_lora_weights=True",
         ),
     }
+    if fresh and not refused["init_lora_weights"][0]:
+        refused["init_lora_weights"] = (
+            config.init_lora_weights not in SILENT_INITS,
+            "a fresh policy must start as the base, which is its reference; use init_lora_weights=True",
+        )
     for field, (bad, remedy) in refused.items():
         if bad:
             raise ValueError(f"{name}: {field}={getattr(config, field)!r} cannot be served on a shared base; {remedy}.")
@@ -80,14 +96,21 @@ def check_lora_config(config: Any, name: str) -> LoraConfig:
             "adapter. Train with LoRA on these layers instead."
         )
     targets = config.target_modules or []
-    shared = {"lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in"}
-    hit = [targets] if isinstance(targets, str) and targets in shared else []
-    hit = hit or [t for t in targets if not isinstance(targets, str) and t.split(".")[-1] in shared]
+    names = [targets] if isinstance(targets, str) else targets
+    hit = [target for target in names if target.split(".")[-1] in SHARED_MODULES]
     if hit:
         raise ValueError(
             f"{name}: target_modules={sorted(hit)} puts an adapter on the LM head or the embeddings, which all roles "
             "share and whose log-probabilities are computed without it. Remove it from target_modules."
         )
+    return config
+
+
+def causal_config(config: LoraConfig, base_name: str | None = None) -> LoraConfig:
+    """A copy of an adapter's configuration, as for a causal language model; `base_name` if it names no base."""
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = config.base_model_name_or_path or base_name
+    config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
     return config
 
 
@@ -100,12 +123,18 @@ def read_adapter(path: str | Path, name: str = "adapter", revision: str | None =
         revision: Hub revision.
 
     Raises:
-        FileNotFoundError: No `adapter_config.json` there.
+        FileNotFoundError: Nothing there, or no `adapter_config.json`.
         ValueError: No safetensors weights, a head that is not scalar, or an adapter `check_lora_config` refuses.
     """
     folder = Path(path)
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        try:
+            folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise FileNotFoundError(
+                f"{name}: {path} is not a folder, and the Hub has no such adapter or cannot be reached. Give the "
+                "folder that PEFT saved, or a Hub id."
+            ) from error
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{name}: {path} holds no {CONFIG_FILE}. Give the folder that PEFT saved.")
     if not (folder / WEIGHTS_FILE).is_file():
@@ -121,28 +150,32 @@ def read_adapter(path: str | Path, name: str = "adapter", revision: str | None =
             shapes = {k: tuple(v.shape) for k, v in rest.items()}
             raise ValueError(
                 f"{name} ({path}): besides LoRA weights it holds {shapes}. A role can use one scalar head "
-                "`score.weight` of shape (1, H): train the reward model with num_labels=1."
+                "`score.weight` of shape (1, H): train a reward model with num_labels=1, and any adapter without "
+                "resizing the embeddings, which all roles share."
             )
         head = value
-    config = copy.deepcopy(config)
-    config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, False
-    return AdapterWeights(config, lora, head)
+    return AdapterWeights(causal_config(config), lora, head)
 
 
-def check_adapter_fits(adapter: AdapterWeights, base_config: Any, base_name: str, name: str) -> None:
+def check_adapter_fits(
+    adapter: AdapterWeights, base_config: Any, base_name: str, name: str, needs_head: bool = False
+) -> None:
     """Check, from configurations alone, that an adapter belongs to the base it is to be put on.
 
     Raises:
-        ValueError: Another base by name, or a head or a query projection of another hidden size.
+        ValueError: Another base by name, a head or an attention projection of another hidden size, or no head.
     """
     hidden = base_config.get_text_config().hidden_size
+    if needs_head and adapter.head is None:
+        raise ValueError(f"{name}: it has no scalar head. Train it with task_type='SEQ_CLS' and num_labels=1.")
     if adapter.head is not None and adapter.head.shape[1] != hidden:
         raise ValueError(
             f"{name}: its head has hidden size {adapter.head.shape[1]}, the base {base_name} has {hidden}. It was "
             "trained on another base: give an adapter of this one."
         )
+    projections = tuple(f"{module}.lora_A.weight" for module in READS_HIDDEN_STATES)
     for key, value in (adapter.weights or {}).items():
-        if key.endswith("q_proj.lora_A.weight") and value.shape[1] != hidden:
+        if key.endswith(projections) and value.shape[1] != hidden:
             raise ValueError(
                 f"{name}: {key} takes {value.shape[1]} inputs, the base {base_name} has hidden size {hidden}. It was "
                 "trained on another base: give an adapter of this one."

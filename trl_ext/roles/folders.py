@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import HfApi
 from peft import get_peft_model_state_dict
 
 from trl_ext.roles.adapters import CONFIG_FILE, AdapterWeights, read_adapter, write_adapter
 from trl_ext.roles.role import Role
+
+SCALING_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # what an adapter computes with
 
 
 class RoleFolders:
@@ -40,12 +43,12 @@ class RoleFolders:
         """Write one role as a standard PEFT folder; reward and critic as sequence classifiers with their head."""
         write_adapter(folder, self.adapter_weights(Role(role)))
 
-    def push_adapter_to_hub(self, role: Role, repo_id: str, *, private: bool | None = None, **upload: Any) -> str:
+    def push_adapter_to_hub(
+        self, role: Role, repo_id: str, *, private: bool | None = None, token: str | None = None, **upload: Any
+    ) -> str:
         """Upload one role's folder and return the commit's address; `upload` goes to `HfApi.upload_folder`."""
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the owner, if none was given
         with tempfile.TemporaryDirectory() as folder:
             self.save_adapter(role, folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
@@ -70,7 +73,7 @@ class RoleFolders:
         """Read one role's weights back from a folder that `save_pretrained` wrote; `Trainer` calls this on resume.
 
         Raises:
-            ValueError: The folder has other roles, or other shapes, than this model.
+            ValueError: The folder has other roles, shapes or scaling than this model.
         """
         role = next((role for role in Role if role.adapter_name == adapter_name), None)
         others = {other.value for other in self._roles if other is not Role.POLICY}
@@ -84,6 +87,14 @@ class RoleFolders:
         if role is None or role not in self._roles:
             raise ValueError(f"{model_id}: this model has no role for an adapter named {adapter_name!r}.")
         adapter = read_adapter(model_id, f"{role.value} adapter")
+        own = self.peft_config[adapter_name]
+        for field in SCALING_FIELDS:
+            saved, configured = getattr(adapter.config, field), getattr(own, field)
+            if saved != configured:
+                raise ValueError(
+                    f"{model_id}: the {role.value} adapter was trained with {field}={saved!r}, this model has "
+                    f"{configured!r}. Resume with the configuration that the run was started with."
+                )
         self._load_weights(role, adapter.weights or {})
         if role.value in self.heads:
             if adapter.head is None:

@@ -29,12 +29,13 @@ class RoleSwitch:
     """Context manager that makes a role compute and restores the previous one, also when an error leaves it."""
 
     def __init__(self, model: SharedBaseModel, role: Role):
-        self.model, self.role_to_use, self.previous = model, role, model.active_role
+        self.model, self.role_to_use = model, role
+        self.previous: list[Role] = []  # one for each time it has been entered
 
     def __enter__(self) -> SharedBaseModel:
-        self.previous = self.model.active_role
+        self.previous.append(self.model.active_role)
         self.model._activate(self.role_to_use)
         return self.model
 
     def __exit__(self, *error: object) -> None:
-        self.model._activate(self.previous)
+        self.model._activate(self.previous.pop())

@@ -8,7 +8,7 @@ switch here changes which adapter computes, and nothing else. It leans on two at
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from trl_ext.roles.adapters import AdapterWeights, check_adapter_fits, check_lora_config, lora_config, read_adapter
+from trl_ext.roles.adapters import (
+    AdapterWeights,
+    causal_config,
+    check_adapter_fits,
+    check_lora_config,
+    lora_config,
+    read_adapter,
+)
 from trl_ext.roles.base import load_base, load_base_config
+from trl_ext.roles.checkpointing import RoleCheckpointing
 from trl_ext.roles.folders import RoleFolders
+from trl_ext.roles.folding import fold
 from trl_ext.roles.heads import ScalarHead
 from trl_ext.roles.passes import RolePasses
 from trl_ext.roles.role import TRAINED, Role, RoleSwitch
 
 
-class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):  # type: ignore[misc]
+class SharedBaseModel(RolePasses, RoleFolders, RoleCheckpointing, PeftModelForCausalLM):  # type: ignore[misc]
     """One frozen base with an adapter per role; a `PeftModel` whose "default" adapter is the policy.
 
     Args:
@@ -39,6 +48,7 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):  # type: i
             fresh adapter like the policy's with a zero head.
 
     Raises:
+        TypeError: `base` has no language-model head.
         ValueError: An adapter that cannot be switched on a shared base, or that does not fit this one.
     """
 
@@ -49,16 +59,16 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):  # type: i
         reward: AdapterWeights | None = None,
         critic: AdapterWeights | None = None,
     ):
-        if reward is not None and reward.head is None:
-            raise ValueError("the reward adapter has no scalar head: train it with task_type='SEQ_CLS', num_labels=1.")
+        if base.get_output_embeddings() is None:
+            raise TypeError(f"the base must be a causal language model, {type(base).__name__} has no LM head.")
         if not isinstance(policy, AdapterWeights):
-            policy = AdapterWeights(check_lora_config(policy or lora_config(), "peft_config"))
+            policy = AdapterWeights(check_lora_config(policy or lora_config(), "peft_config", fresh=True))
         base_name = base.name_or_path or ""
         for role, adapter in ((Role.POLICY, policy), (Role.REWARD, reward), (Role.CRITIC, critic)):
             if adapter is not None:
-                check_adapter_fits(adapter, base.config, base_name, f"{role.value} adapter")
+                check_adapter_fits(adapter, base.config, base_name, f"{role.value} adapter", role is Role.REWARD)
         base.requires_grad_(False)
-        super().__init__(base, self._own_config(policy, base_name))
+        super().__init__(base, causal_config(policy.config, base_name))
         hidden_size = base.config.get_text_config().hidden_size
         self.heads = nn.ModuleDict()
         self.model_card: Callable[[], str] | None = None
@@ -74,10 +84,9 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):  # type: i
         start = critic or reward or AdapterWeights(policy.config)
         self._add_role(Role.CRITIC, start)
         self.heads[Role.CRITIC.value] = ScalarHead(hidden_size, start.head)
-        device = next(base.parameters()).device
-        self.heads.to(device)
+        self.heads.to(next(base.parameters()).device)
         self._index_layers()
-        if base.is_gradient_checkpointing:
+        if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
             self.activation_checkpointing_enable()
 
     # ------------------------------------------------------------------ construction
@@ -122,29 +131,30 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):  # type: i
         for name, path in (("policy", policy_adapter), ("reward", reward_adapter), ("critic", critic_adapter)):
             if path is not None:
                 adapters[name] = read_adapter(path, f"{name}_adapter")
-                check_adapter_fits(adapters[name], base_config, model_name_or_path, f"{name}_adapter ({path})")
+                named = f"{name}_adapter ({path})"
+                check_adapter_fits(adapters[name], base_config, model_name_or_path, named, name == "reward")
         if peft_config is not None:
-            check_lora_config(peft_config, "peft_config")
+            check_lora_config(peft_config, "peft_config", fresh=True)
         base = load_base(model_name_or_path, quantization_config=quantization_config, dtype=dtype, **model_init_kwargs)
         return cls(base, adapters.get("policy", peft_config), adapters.get("reward"), adapters.get("critic"))
 
     @classmethod
     def from_peft(cls, model: PeftModel) -> "SharedBaseModel":
-        """Take over a `PeftModel`: its "default" adapter is where the policy starts, a copy of it the reference."""
+        """Take over a `PeftModel`: its "default" adapter, unmerged, is where policy and reference start."""
+        if "default" not in model.peft_config:
+            raise ValueError(
+                f"the model's adapters are {sorted(model.peft_config)}, the policy is the one named 'default'. Load it "
+                "with adapter_name='default'."
+            )
+        if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
+            raise ValueError("the model's adapter is merged into its base: call model.unmerge_adapter() first.")
         config = check_lora_config(model.peft_config["default"], "the model's adapter")
         weights = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
         weights = {key: value.detach().clone() for key, value in weights.items()}
         return cls(model.unload(), AdapterWeights(copy.deepcopy(config), weights))
 
-    @staticmethod
-    def _own_config(adapter: AdapterWeights, base_name: str) -> LoraConfig:
-        config = copy.deepcopy(adapter.config)
-        config.base_model_name_or_path = config.base_model_name_or_path or base_name
-        config.inference_mode = False
-        return config
-
     def _add_role(self, role: Role, adapter: AdapterWeights) -> None:
-        super().add_adapter(role.adapter_name, self._own_config(adapter, self.get_base_model().name_or_path))
+        super().add_adapter(role.adapter_name, causal_config(adapter.config, self.get_base_model().name_or_path))
         self._roles[role] = role.adapter_name
         if adapter.weights is not None:
             self._load_weights(role, adapter.weights)
@@ -161,6 +171,14 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):  # type: i
 
     def _index_layers(self) -> None:
         self._lora_layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self._lora_layers:
+            fold(layer)
+        lm_head = self.get_base_model().get_output_embeddings()
+        if any(m is lm_head or isinstance(m.get_base_layer(), nn.Embedding) for m in self._lora_layers):
+            raise ValueError(
+                "target_modules puts an adapter on the LM head or the embeddings, which all roles share and whose "
+                "log-probabilities are computed without it. Name other modules, or 'all-linear', which leaves them out."
+            )
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self._owner(name) in TRAINED)
         self._activate(self.active_role)
@@ -181,18 +199,20 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):  # type: i
         4-bit base; after that the policy would no longer equal its reference.
         """
         kept = {p: p.data for name, p in self.named_parameters() if self._owner(name) is not None}
-        yield
-        for foreign in set(self.peft_config) - set(self._roles.values()):
-            self.delete_adapter(foreign)
-        for parameter, data in kept.items():
-            parameter.data = data.to(parameter.device)
-        self._index_layers()
+        try:
+            yield
+        finally:  # after an error too: the same model may be given again
+            for foreign in set(self.peft_config) - set(self._roles.values()):
+                self.delete_adapter(foreign)
+            for parameter, data in kept.items():
+                parameter.data = data.to(parameter.device)
+            self._index_layers()
 
     # ------------------------------------------------------------------ the switch
 
     def has_role(self, role: Role) -> bool:
         """The reference is always there: as an adapter, or as the bare base under a fresh policy."""
-        return role in self._roles or role is Role.REFERENCE
+        return role in self._roles or role == Role.REFERENCE
 
     def role(self, role: Role) -> RoleSwitch:
         """`with model.role(Role.CRITIC): ...` computes with that role's adapter; gradients flags are not touched.
@@ -216,8 +236,15 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):  # type: i
         self.active_role = role
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Switch to the role whose adapter has this name, without PEFT's changes to `requires_grad`."""
-        self._activate(next(role for role, name in self._roles.items() if name == adapter_name))
+        """Switch to the role whose adapter has this name, without PEFT's changes to `requires_grad`.
+
+        Raises:
+            ValueError: No role's adapter has it.
+        """
+        roles = {name: role for role, name in self._roles.items()}
+        if adapter_name not in roles:
+            raise ValueError(f"no role has an adapter named {adapter_name!r}: use one of {', '.join(roles)}.")
+        self._activate(roles[adapter_name])
 
     def disable_adapter(self) -> AbstractContextManager[Any]:  # type: ignore[override]
         """Refused: PEFT's version freezes the critic when it returns.
@@ -227,43 +254,6 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):  # type: i
         """
         raise RuntimeError("use `with model.role(Role.REFERENCE)`: disable_adapter would freeze the other roles.")
 
-    # ------------------------------------------------------------------ gradient checkpointing
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Checkpoint so that the recomputation in backward sees the role that was active in forward.
-
-        Plain checkpointing recomputes under whatever adapter is active when backward runs: gradients are wrong and
-        nothing says so. The checkpoint's `context_fn` records the role; it lives here and not in the training
-        arguments, which are serialised.
-
-        Raises:
-            ValueError: `use_reentrant=True`, which has no `context_fn`.
-        """
-        kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if kwargs["use_reentrant"]:
-            raise ValueError(
-                "gradient checkpointing with use_reentrant=True recomputes under the wrong role. Set "
-                "use_reentrant=False, or gradient_checkpointing=False."
-            )
-        base = self.get_base_model()
-        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-        enable({**kwargs, "context_fn": self._checkpoint_contexts}, **options)
-        base.disable_input_require_grads()  # only reentrant checkpointing needs a gradient at the embeddings
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """The name of `activation_checkpointing_enable` before transformers 5.20, still called by TRL."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
-
-    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), RoleSwitch(self, self.active_role)
-
-    def enable_input_require_grads(self) -> None:
-        """Nothing to do: non-reentrant checkpointing needs no gradient at the embeddings, and TRL asks for it."""
-
     # ------------------------------------------------------------------ training
 
     def parameter_groups(self, learning_rates: dict[Role, float], weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -271,8 +261,8 @@ class SharedBaseModel(RolePasses, RoleFolders, PeftModelForCausalLM):  # type: i
         groups = []
         for role in TRAINED:
             parameters = [p for name, p in self.named_parameters() if self._owner(name) is role]
-            lr = learning_rates[role]
-            groups.append({"params": parameters, "lr": lr, "weight_decay": weight_decay, "role": role.value})
+            options = {"lr": learning_rates[role], "weight_decay": weight_decay, "role": role.value}
+            groups.append({"params": parameters, **options})
         return groups
 
 

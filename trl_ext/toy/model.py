@@ -11,7 +11,7 @@ SPECIAL_TOKENS = (PAD, BOS, EOS, UNK)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer of the task's vocabulary, with the special tokens <pad>, <bos>, <eos> and <unk> (ids 0 to 3).
+    """Word-level tokenizer of the task's vocabulary, with <pad>, <bos>, <eos> and <unk> as ids 0 to 3.
 
     A word is a run of lower-case letters and a full stop is a word of its own, so that a completion may be appended to
     a prompt with or without a space between them. Decoding joins the words with single spaces: any text of the task
@@ -36,14 +36,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A Llama of about 0.16 million float32 parameters with random weights: 3 layers, width 64, grouped-query attention.
+    """A Llama of about 0.15 million random float32 weights: 3 layers, width 64, grouped-query attention.
 
     Args:
         tokenizer: sets the vocabulary size and the ids of the special tokens, in the config and the generation config.
         seed: seed of the weights; the global random state is left as it was.
 
     Returns:
-        The model, on the CPU, with 128 positions and untied input and output embeddings.
+        The model, on the CPU, with 128 positions and tied input and output embeddings.
     """
     special = {
         "pad_token_id": tokenizer.pad_token_id,
@@ -58,7 +58,8 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausal
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
+        initializer_range=0.05,  # a narrow model learns much faster than from the usual 0.02
         dtype="float32",
         **special,
     )

@@ -178,7 +178,7 @@ def _text_of(completion: Any) -> str:
 
 @functools.cache
 def prompt_pools() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Every prompt of the task, split once and for all into disjoint training and evaluation pools (19,504 and 2,000)."""
+    """Every prompt of the task, split once and for all into a training pool (19,504) and an evaluation pool (2,000)."""
     prompts = [
         f"one {time} the {adjective} {creature} {move} to the {place} ."
         for time, adjective, creature, move, place in itertools.product(
@@ -203,10 +203,10 @@ def sample_prompts(count: int, rng: random.Random, split: str = "train") -> list
     return rng.sample(pool, count)
 
 
-# Weights of the kind, unkind and plain tone, of which every story has one at random. The corpus has strong moods: from
-# them the base learns which words belong together. The demonstrations have mild ones: the fine-tuned policy must leave
-# them to please the gold reward.
-_CORPUS_MOODS = ((0.8, 0.05, 0.15), (0.05, 0.8, 0.15), (0.1, 0.1, 0.8))
+# Weights of the kind, unkind and plain tone in a story. In the corpus the mood is strong, and mornings are kind, nights
+# unkind, days plain and evenings any of these: from that the base learns which words belong together. In the
+# demonstrations the mood is mild, drawn at random, and owes nothing to the prompt.
+_CORPUS_MOODS = {"morning": (0.9, 0.02, 0.08), "night": (0.02, 0.9, 0.08), "day": (0.05, 0.05, 0.9)}
 _DEMONSTRATION_MOODS = ((0.45, 0.2, 0.35), (0.2, 0.45, 0.35), (0.3, 0.3, 0.4))
 
 
@@ -218,9 +218,9 @@ def _write(pattern: str, pronoun: str, choose: Callable[[str], str]) -> str:
     return " ".join(words) + " ."
 
 
-def _story(rng: random.Random, moods: Sequence[Sequence[float]], bodies: int, closing: bool, repeat: bool) -> str:
+def _story(rng: random.Random, mood: Sequence[float], bodies: int, closing: bool, repeat: bool) -> str:
     """One completion of `bodies` sentences and perhaps a closing one; `repeat` allows a word to come twice."""
-    mood, pronoun, used = rng.choice(moods), rng.choice(PRONOUNS), set[str]()
+    pronoun, used = rng.choice(PRONOUNS), set[str]()
 
     def choose(part: str) -> str:
         if part == "creature":
@@ -240,8 +240,9 @@ def corpus(count: int, rng: random.Random) -> list[str]:
     """`count` pretraining texts: an opening and 2 to 5 sentences, of any length, repetitive or not, mostly unended."""
     texts = []
     for opening in rng.choices(prompt_pools()[0], k=count):
-        bodies, closing = rng.randint(2, 5), rng.random() < 0.3
-        texts.append(f"{opening} {_story(rng, _CORPUS_MOODS, bodies, closing, repeat=True)}")
+        time = opening.split()[1]
+        mood = _CORPUS_MOODS.get(time) or rng.choice(list(_CORPUS_MOODS.values()))
+        texts.append(f"{opening} {_story(rng, mood, rng.randint(2, 5), rng.random() < 0.3, repeat=True)}")
     return texts
 
 
@@ -249,7 +250,7 @@ def demonstration(rng: random.Random) -> str:
     """One completion as a careful writer makes it: 3 to 5 sentences, words hardly ever repeated, 3 in 4 ended."""
     bodies = rng.randint(2, 4)
     closing = bodies == 2 or rng.random() < 0.7
-    return _story(rng, _DEMONSTRATION_MOODS, bodies, closing, repeat=False)
+    return _story(rng, rng.choice(_DEMONSTRATION_MOODS), bodies, closing, repeat=False)
 
 
 def demonstrations(count: int, rng: random.Random) -> list[dict[str, str]]:

@@ -60,9 +60,9 @@ class _Stage:
         return -(-self.scaled_steps(scale) // self.epochs) * self.batch_size
 
 
-_BASE = _Stage(steps=240, batch_size=64, epochs=2, learning_rate=6e-3)
-_POLICY = _Stage(steps=120, batch_size=64, epochs=2, learning_rate=5e-3)
-_REWARD = _Stage(steps=120, batch_size=32, epochs=2, learning_rate=1e-3)
+_BASE = _Stage(steps=280, batch_size=64, epochs=2, learning_rate=6e-3)
+_POLICY = _Stage(steps=100, batch_size=64, epochs=2, learning_rate=5e-3)
+_REWARD = _Stage(steps=160, batch_size=32, epochs=2, learning_rate=1e-3)
 
 
 def build_world(output_dir: str | os.PathLike[str], seed: int = 0, *, scale: float = 1.0) -> ToyWorld:

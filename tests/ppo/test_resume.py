@@ -1,0 +1,201 @@
+"""A run that was killed and resumed ends where the run that was never killed ends: to the last bit."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.ppo import tiny
+from trl_ext import Role
+
+ALL_ROLES = tuple(Role)
+# Everything that has a state: warm-up until step 3, a controlled beta, PPO-ptx; two passes over two micro-batches
+EVERYTHING = {"critic_warmup_steps": 3, "kl_control": "adaptive", "kl_horizon": 8.0, "kl_target": 0.1, "ptx_coef": 0.5}
+PASSES = {"num_iterations": 2, "steps_per_generation": 2, "per_device_train_batch_size": 2}
+
+
+class Killed(Exception):
+    pass
+
+
+class RaiseAfterSave(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        raise Killed
+
+
+class Recorder(TrainerCallback):
+    """The prompts that each rollout was made from, in order, and the steps that were saved."""
+
+    def __init__(self):
+        self.prompts, self.saved = [], []
+
+    def reward(self, prompts, completions, **kwargs):
+        self.prompts.append(list(prompts))
+        return tiny.count_words(prompts, completions)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved.append(state.global_step)
+
+
+def make(world, folder, callbacks=(), **options):
+    options = {"save_strategy": "steps"} | options
+    if options.get("ptx_coef"):
+        options["ptx_dataset"] = tiny.texts()
+    return tiny.trainer(world, folder, callbacks=list(callbacks), **options)
+
+
+def killed_and_resumed(world, folder, **options):
+    """A run that ends right after its first checkpoint, and the new trainer that went on from there."""
+    with pytest.raises(Killed):
+        make(world, folder, [RaiseAfterSave()], **options).train()
+    torch.manual_seed(12345)  # a new process starts from other random numbers
+    resumed = make(world, folder, **options)
+    resumed.train(resume_from_checkpoint=True)
+    return resumed
+
+
+def assert_same_run(a, b):
+    """Equal logs, adapters, heads, optimizer, schedule and PPO state; the last log entry sums up one process's run."""
+    left, right = tiny.comparable(a.state.log_history[:-1]), tiny.comparable(b.state.log_history[:-1])
+    assert [entry["step"] for entry in left] == [entry["step"] for entry in right]
+    for x, y in zip(left, right, strict=True):
+        assert x == y
+    for role in ALL_ROLES:
+        assert tiny.same(tiny.role_weights(a.model, role), tiny.role_weights(b.model, role)), role
+    assert a.ppo_state.state_dict() == b.ppo_state.state_dict()
+    assert a.lr_scheduler.get_last_lr() == b.lr_scheduler.get_last_lr()
+    left, right = a.optimizer.state_dict(), b.optimizer.state_dict()
+    assert left["param_groups"] == right["param_groups"]
+    assert left["state"].keys() == right["state"].keys()
+    for i, state in left["state"].items():
+        assert tiny.same(state, right["state"][i])
+
+
+def test_a_process_killed_right_after_its_checkpoint_goes_on_as_if_nothing_had_happened(world, tmp_path, repo_root):
+    # Rollouts of 4 steps; 3 rollouts an epoch; killed at step 12, on the border between two epochs, of 24.
+    config = EVERYTHING | PASSES | {"max_steps": 24, "save_steps": 12, "save_strategy": "steps"}
+    config |= {"critic_warmup_steps": 14}
+    job = {"world": str(world), "folder": str(tmp_path / "killed"), "config": config}
+    script = Path(__file__).parent / "run_and_die.py"
+    process = subprocess.run(
+        [sys.executable, str(script), json.dumps(job)], cwd=repo_root, env=tiny.environment(repo_root), timeout=200
+    )
+    assert process.returncode == -signal.SIGKILL
+    resumed = make(world, tmp_path / "killed", **config)
+    resumed.train(resume_from_checkpoint=True)
+    never_killed = make(world, tmp_path / "whole", **config)
+    never_killed.train()
+    assert never_killed.state.log_history[-2]["epoch"] > 2
+    assert_same_run(never_killed, resumed)
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "options"),
+    [
+        pytest.param(4, {}, id="the middle of an epoch"),
+        pytest.param(4, EVERYTHING | {"critic_warmup_steps": 6}, id="in warm-up, adaptive KL, PPO-ptx"),
+        pytest.param(8, EVERYTHING, id="after warm-up, adaptive KL, PPO-ptx"),
+        pytest.param(8, {"kl_control": "penalty", "kl_target": 0.01}, id="penalty KL"),
+        pytest.param(2, {"gradient_accumulation_steps": 2}, id="gradient accumulation"),
+        pytest.param(4, {"num_generations": 2, "gradient_checkpointing": True}, id="two completions per prompt"),
+    ],
+)
+def test_resuming_equals_never_stopping(world, tmp_path, save_steps, options):
+    options = PASSES | {"max_steps": save_steps + 4, "save_steps": save_steps} | options
+    resumed = killed_and_resumed(world, tmp_path / "killed", **options)
+    never_killed = make(world, tmp_path / "whole", **options)
+    never_killed.train()
+    assert len(never_killed.state.log_history) == save_steps + 4 + 1
+    assert_same_run(never_killed, resumed)
+
+
+@pytest.mark.parametrize("save_steps", [1, 2, 3, 4])
+def test_the_order_of_prompts_goes_on_across_epochs(world, tmp_path, save_steps):
+    # Two rollouts an epoch: a checkpoint at 2 or 4 is on the border of an epoch, one at 1 or 3 within one.
+    options = {"max_steps": 7, "save_steps": save_steps}
+
+    def run(folder, callbacks=(), **train):
+        recorder = Recorder()
+        make(world, folder, [recorder, *callbacks], reward_funcs=recorder.reward, **options).train(**train)
+        return recorder
+
+    whole = run(tmp_path / "whole").prompts
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", [RaiseAfterSave()])
+    assert run(tmp_path / "killed", resume_from_checkpoint=True).prompts == whole[save_steps:]
+    epochs = [sorted(whole[i] + whole[i + 1]) for i in (0, 2, 4)]
+    assert epochs == [sorted(tiny.prompts()["prompt"])] * 3  # each epoch has every prompt once,
+    assert len({str(whole[i : i + 2]) for i in (0, 2, 4)}) == 3  # in an order of its own
+
+
+def test_saving_waits_for_the_end_of_the_rollout_batch(world, tmp_path):
+    # Rollouts of 4 steps: saves wanted at 3, 6 and 9 come at 4, 8 and 10, which is the last step.
+    recorder = Recorder()
+    make(world, tmp_path, [recorder], **PASSES, max_steps=10, save_steps=3).train()
+    assert recorder.saved == [4, 8, 10]
+
+
+def test_a_run_whose_last_checkpoint_cut_a_rollout_finds_the_borders_again(world, tmp_path):
+    make(world, tmp_path, **PASSES, max_steps=6, save_steps=2).train()
+    assert (tmp_path / "checkpoint-6").is_dir()
+    recorder = Recorder()
+    longer = make(world, tmp_path, [recorder], **PASSES, max_steps=13, save_steps=2)
+    rollouts = []
+    generate = longer._generate_and_score_completions
+    longer._generate_and_score_completions = lambda inputs: (
+        rollouts.append(longer.state.global_step) or generate(inputs)
+    )
+    longer.train(resume_from_checkpoint=True)
+    assert rollouts == [6, 8, 12]  # the cut one is made again, for the two steps it still owes
+    assert recorder.saved == [8, 12, 13]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("reward_normalization", "none"),
+        ("kl_control", "fixed"),
+        ("num_iterations", 1),
+        ("num_generations", 2),
+        ("beta", 0.1),
+        ("seed", 7),
+    ],
+)
+def test_another_configuration_cannot_resume(world, checkpoint, name, value):
+    other = make(world, checkpoint, **PASSES | {"max_steps": 8} | {name: value})
+    with pytest.raises(ValueError, match=rf"(?s){name}=.*{name}=.*Resume with {name}="):
+        other.train(resume_from_checkpoint=str(checkpoint / "checkpoint-4"))
+
+
+def test_other_roles_cannot_resume(world, checkpoint):
+    bare = make(world, checkpoint, **PASSES, model=str(world / "base"), reward_funcs=tiny.count_words)
+    with pytest.raises(ValueError, match=r"holds the roles .*Resume with the adapters"):
+        bare.train(resume_from_checkpoint=str(checkpoint / "checkpoint-4"))
+
+
+def test_a_checkpoint_without_our_state_is_refused(world, tmp_path, checkpoint):
+    copy = tmp_path / "checkpoint-4"
+    copy.mkdir()
+    for path in (checkpoint / "checkpoint-4").rglob("*"):
+        if path.is_file():
+            target = copy / path.relative_to(checkpoint / "checkpoint-4")
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    state = tiny.read_state(copy)
+    del state["stateful_callbacks"]["PPOStateCallback"]
+    (copy / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="no PPO-Max state"):
+        make(world, tmp_path, **PASSES, max_steps=8).train(resume_from_checkpoint=str(copy))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(world, tmp_path_factory):
+    """A run's folder with checkpoint-4 in it."""
+    folder = tmp_path_factory.mktemp("finished")
+    make(world, folder, **PASSES, max_steps=4, save_steps=4).train()
+    return folder
