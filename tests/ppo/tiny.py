@@ -8,9 +8,17 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from trl_ext import PPOMaxConfig, PPOMaxTrainer, Role, SharedBaseModel
+from trl_ext.ppo.rollout import Rollout
+from trl_ext.ppo.trainer import UPDATE_FIELDS
 
 WORDS = [f"w{i}" for i in range(12)]
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", "<end>"]
@@ -134,6 +142,57 @@ def trainer(
         train_dataset=prompts() if dataset is None else dataset,
         **own,
     )
+
+
+def random_rollout(rows: int = 8, prompt: int = 3, completion: int = 5) -> Rollout:
+    """A rollout that no model made: lengths, and everything an update needs, from fixed random numbers."""
+    generator = torch.Generator().manual_seed(2)
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    def normal() -> torch.Tensor:
+        return torch.randn(rows, completion, generator=generator) * mask
+
+    lengths = integers(1, completion + 1, rows)
+    mask = (torch.arange(completion) < lengths.unsqueeze(1)).long()
+    prompt_mask = (torch.arange(prompt) >= integers(0, prompt, rows).unsqueeze(1)).long()
+    return Rollout(
+        prompt_ids=integers(len(SPECIAL), len(SPECIAL + WORDS), rows, prompt) * prompt_mask,
+        prompt_mask=prompt_mask,
+        completion_ids=integers(len(SPECIAL), len(SPECIAL + WORDS), rows, completion) * mask,
+        completion_mask=mask,
+        truncated=torch.zeros(rows, dtype=torch.bool),
+        logps=(normal() - 3) * mask,
+        values=normal(),
+        advantages=normal(),
+        returns=normal(),
+    )
+
+
+def gradients(trainer: PPOMaxTrainer, rollout: Rollout) -> dict[str, torch.Tensor | None]:
+    """Gradients of all trained weights at the first optimizer step of `train()`, if this is the rollout.
+
+    Of several processes each takes its share of the rows.
+    """
+    found: dict[str, torch.Tensor | None] = {}
+
+    class Record(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            for name, parameter in trainer.model.named_parameters():
+                if parameter.requires_grad:
+                    found[name] = None if parameter.grad is None else parameter.grad.clone()
+            control.should_training_stop = True
+
+    def give(inputs):
+        start = trainer.accelerator.process_index * len(inputs)
+        part = rollout.rows(start, start + len(inputs))
+        return {f: getattr(part, f) for f in UPDATE_FIELDS} | {"num_tokens": trainer._tokens_per_micro_batch(part)}
+
+    trainer.add_callback(Record())
+    trainer._generate_and_score_completions = give
+    trainer.train()
+    return found
 
 
 def comparable(history: list[dict]) -> list[dict]:

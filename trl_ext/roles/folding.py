@@ -1,8 +1,8 @@
 """One matrix product for a LoRA layer instead of three, where the base is float32.
 
-PEFT computes `x W' + s (x A') B'`: three products and two passes over the output. With many tokens and a small matrix it
-is cheaper to add the adapter to the weight for the moment, `x (W + s B A)'`, which costs as much as `in * out / (in +
-out)` more tokens would. Only in float32: in bfloat16 the sum would round most of the adapter away.
+PEFT computes `x W' + s (x A') B'`: three products and two passes over the output. With many tokens and a small matrix
+it is cheaper to add the adapter to the weight for the moment, `x (W + s B A)'`, which costs as much as `in * out / (in
++ out)` more tokens would. Only in float32: in bfloat16 the sum would round most of the adapter away.
 """
 
 from types import MethodType
@@ -26,7 +26,7 @@ class _FoldedLinear(torch.autograd.Function):
         return F.linear(x, torch.addmm(weight, b, a, alpha=scaling), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
@@ -39,7 +39,7 @@ class _FoldedLinear(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None
 
 
-def fold(layer: nn.Module) -> None:
+def fold(layer: Any) -> None:
     """Let a plain LoRA layer on a float32 `nn.Linear` choose the folded product where it is cheaper.
 
     Any other layer is left alone. The result is PEFT's to rounding; its `forward` is still what runs for few tokens,
@@ -51,7 +51,7 @@ def fold(layer: nn.Module) -> None:
         return
     if "forward" in vars(layer) or "forward" in vars(base):  # someone else's, as Accelerate's for offloaded weights
         return
-    layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]  # bound: a deep copy binds its own
+    layer.forward = MethodType(_forward, layer)  # bound: a deep copy binds its own
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,0 +1,103 @@
+"""What the recipes share: datasets and reward functions by name, a progress bar, tables and pictures."""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from rich.console import Console
+from rich.table import Table
+from transformers import ProgressCallback
+
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def load_split(name: str, split: str, config: str | None = None) -> Dataset:
+    """A split of a dataset: a Hub id, a folder of `save_to_disk` or of data files, or one file (.jsonl, .gz, ...).
+
+    Raises:
+        ValueError: An unknown file format, or a split that is not there.
+    """
+    path = Path(name)
+    if path.is_file():
+        suffixes = [suffix for suffix in path.suffixes if suffix in FILE_FORMATS]
+        if not suffixes:
+            raise ValueError(f"--dataset_name {name}: unknown format, use one of {', '.join(FILE_FORMATS)} (or .gz).")
+        return load_dataset(FILE_FORMATS[suffixes[-1]], data_files=str(path), split="train")
+    on_disk = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+    loaded = load_from_disk(name) if on_disk else load_dataset(name, config)
+    if isinstance(loaded, Dataset):
+        return loaded
+    if not isinstance(loaded, DatasetDict) or split not in loaded:
+        raise ValueError(f"dataset {name} has the splits {list(loaded)}, not {split!r}: set --dataset_train_split.")
+    return loaded[split]
+
+
+def load_reward_function(spec: str) -> str | Callable[..., Any]:
+    """`path/to/file.py:function` as that function; anything else as the id of a sequence-classification model.
+
+    Raises:
+        ValueError: No such file or function.
+    """
+    file, _, name = spec.rpartition(":")
+    if not file.endswith(".py"):
+        return spec
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"--reward_funcs {spec}: there is no file {path.resolve()}.")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[path.stem] = module
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"--reward_funcs {spec}: {path} has no function {name!r}.")
+    return getattr(module, name)
+
+
+class ProgressWithMetrics(ProgressCallback):
+    """Transformers' progress bar, with the metrics that matter beside it instead of every metric below it."""
+
+    def __init__(self, shown: dict[str, str]):
+        super().__init__()
+        self.shown = shown
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs:
+            values = {label: f"{logs[key]:.3g}" for key, label in self.shown.items() if logs.get(key) is not None}
+            if values:
+                self.training_bar.set_postfix(values)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on the console."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def plot_run(history: list[dict[str, Any]], panels: dict[str, dict[str, str]], path: Path) -> None:
+    """Draw logged metrics against the optimizer step: `panels` is title -> metric -> label."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
+    for axis, (title, metrics) in zip(axes, panels.items(), strict=True):
+        for metric, label in metrics.items():
+            points = [(entry["step"], entry[metric]) for entry in history if entry.get(metric) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label)
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+        if len(metrics) > 1:
+            axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

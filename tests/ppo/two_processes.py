@@ -1,0 +1,76 @@
+"""Run by test_distributed.py on each of two processes, under torch.distributed.run: two_processes.py WORLD FOLDER"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.ppo import tiny
+from trl_ext import Role
+
+# What is compared with one process on the whole rollout: micro-batches of 2 rows on each of two processes
+GRADIENTS = {
+    "one micro-batch": {"per_device_train_batch_size": 4},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "in warm-up": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "critic_warmup_steps": 5},
+}
+# Three rollouts; the critic warms up alone for the first and half of the second
+TRAINING = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "steps_per_generation": 4,
+    "num_iterations": 2,
+    "max_steps": 12,
+    "critic_warmup_steps": 6,
+    "kl_horizon": 40.0,
+    "entropy_coef": 0.01,
+    "ptx_coef": 0.1,
+}
+
+
+def rank_reward(prompts, completions, **kwargs):
+    """Rewards that differ between processes: a moment that is not global shows."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return [float(len(text.split())) + 10 * rank for text in completions]
+
+
+def gradient_options(options: dict) -> dict:
+    """For a loss whose gradient is not clipped away where the rollout is not the model's own."""
+    return {"max_steps": 5, "epsilon": 0.9, "value_clip": 5.0, "entropy_coef": 0.1, "max_grad_norm": 1e9} | options
+
+
+def main() -> None:
+    world, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    found = {}
+    for name, options in GRADIENTS.items():
+        trainer = tiny.trainer(world, folder / name, **gradient_options(options))
+        found[name] = tiny.gradients(trainer, tiny.random_rollout())
+    trainer = tiny.trainer(
+        world,
+        folder / "run",
+        reward_funcs=rank_reward,
+        dataset=tiny.prompts(16),
+        eval_dataset=tiny.prompts(4),
+        eval_strategy="steps",
+        eval_steps=4,
+        per_device_eval_batch_size=2,
+        ptx_dataset=tiny.texts(),
+        **TRAINING,
+    )
+    start = tiny.role_weights(trainer.model, Role.POLICY)
+    trainer.train()
+    found |= {
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "weights": {role.value: tiny.role_weights(trainer.model, role) for role in Role},
+        "start": start,
+        "state": trainer.ppo_state.state_dict(),
+        "history": trainer.state.log_history,
+        "next_random": torch.rand(1).item(),
+    }
+    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
