@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ProgressCallback
 
-
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 

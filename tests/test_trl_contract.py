@@ -64,24 +64,37 @@ class Remembering(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"moments": {"mean": 0.25}, "count": 3}}
 
 
+class Gradients(TrainerCallback):
+    """Keeps the gradient that an optimizer step is made of."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        gradients = [p.grad.flatten() for p in self.trainer.model.parameters() if p.grad is not None]
+        self.trainer.gradients = torch.cat(gradients).tolist()
+
+
 class Recorder(RLOOTrainer):
-    """RLOO as it is; what passes the seams is kept."""
+    """The least that overrides the two seams; what passes them is kept. RLOO's own loss wants Triton in TRL 1.15."""
 
     def _generate_and_score_completions(self, inputs):
-        self.seen = SimpleNamespace(inputs=inputs, losses=[], generated=None, rewards=None)
-        return super()._generate_and_score_completions(inputs)
-
-    def _generate(self, prompts):
-        self.seen.prompts, self.seen.generated = prompts, super()._generate(prompts)
-        return self.seen.generated
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        self.seen.rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        return self.seen.rewards
+        prompts = [row["prompt"] for row in inputs]
+        generated = self._generate(prompts)
+        _, completion_ids, completions = generated
+        rewards = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+        self.seen = SimpleNamespace(inputs=inputs, prompts=prompts, generated=generated, rewards=rewards, losses=[])
+        self._logs["prompt"].extend(prompts)
+        self._logs["completion"].extend(completions)
+        for name, column in zip(self.reward_func_names, rewards.T, strict=True):
+            self._logs["rewards"][name].extend(column.tolist())
+        self._logs["advantages"].extend([0.0] * len(prompts))
+        self._metrics["train"]["mine"].extend([1.0, 3.0])
+        return {"row": torch.arange(len(prompts)), "matrix": torch.zeros(len(prompts), 3), "number": torch.tensor(7.0)}
 
     def _compute_loss(self, model, inputs):
         self.seen.losses.append(inputs)
-        return super()._compute_loss(model, inputs)
+        return sum(p.sum() for p in model.parameters() if p.requires_grad) * (1 + len(self.seen.losses) % 2)
 
 
 def length(completions, completion_ids, **columns):
@@ -135,8 +148,10 @@ def trained(tmp_path_factory):
         save_strategy="steps",
         save_steps=1,
         log_completions=True,
+        max_grad_norm=0.0,
         logging_steps=1,
     )
+    trainer.add_callback(Gradients(trainer))
     trainer.train()
     return trainer
 
@@ -249,10 +264,10 @@ def test_the_attributes_that_we_read(trained):
     assert len(trained._logs["prompt"]) == len(trained._logs["advantages"]) == 4
 
 
-def test_the_loss_is_averaged_over_accumulated_micro_batches_by_trainer():
+def test_the_loss_is_averaged_over_accumulated_micro_batches_by_trainer(trained):
     """Our denominator, tokens of the rollout batch / micro-batches, is right only then."""
-    assert RLOOTrainer.loss_is_scaled_for_ga is False
-    assert PPOMaxTrainer.loss_is_scaled_for_ga is False
+    assert PPOMaxTrainer.loss_is_scaled_for_ga is RLOOTrainer.loss_is_scaled_for_ga is False
+    assert trained.gradients == pytest.approx([1.5] * len(trained.gradients)), "the mean of 2 and 1, not their sum"
 
 
 # ------------------------------------------------------------------ the loop
@@ -294,9 +309,14 @@ def test_rewards_are_those_of_all_processes(trained, monkeypatch):
 
 def test_the_rollout_comes_back_in_micro_batches(trained):
     """One call of the first seam; then one call of the second for each micro-batch."""
-    assert [len(batch["completion_ids"]) for batch in trained.seen.losses] == [2, 2]
-    seen = sorted(row for batch in trained.seen.losses for row in batch["prompt_ids"].tolist())
-    assert len(seen) == 4
+    assert [batch["row"].shape for batch in trained.seen.losses] == [(2,), (2,)]
+    assert [batch["matrix"].shape for batch in trained.seen.losses] == [(2, 3), (2, 3)]
+    assert [batch["number"].item() for batch in trained.seen.losses] == [7.0, 7.0]
+    assert sorted(row for batch in trained.seen.losses for row in batch["row"].tolist()) == [0, 1, 2, 3]
+
+
+def test_what_is_added_to_the_metrics_is_logged_as_its_mean(trained):
+    assert trained.state.log_history[0]["mine"] == 2.0
 
 
 def test_a_number_passes_the_shuffle_and_the_split_whole():
@@ -371,7 +391,7 @@ def test_the_state_of_a_callback_is_in_the_checkpoint(trained):
 
 def test_a_callback_added_after_the_constructor_is_saved_and_sees_the_old_state_first(tmp_path):
     """Ours is added after `super().__init__`, and reads the checkpoint's state in `on_train_begin`."""
-    trainer = rloo(tmp_path / "first", save_strategy="steps", save_steps=1)
+    trainer = rloo(tmp_path / "first", Recorder, save_strategy="steps", save_steps=1)
 
     class Late(Remembering):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -379,7 +399,7 @@ def test_a_callback_added_after_the_constructor_is_saved_and_sees_the_old_state_
 
     trainer.add_callback(Late())
     trainer.train()
-    again, late = rloo(tmp_path / "second", max_steps=2), Late()
+    again, late = rloo(tmp_path / "second", Recorder, max_steps=2), Late()
     again.add_callback(late)
     again.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
     assert late.found == (1, Late().state())

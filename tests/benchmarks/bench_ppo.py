@@ -21,7 +21,6 @@ import time
 import venv
 from pathlib import Path
 
-
 PROMPT, RESPONSE, BATCH, PASSES, VOCABULARY = 64, 64, 32, 2, 8192
 MIB = 2**20
 
@@ -73,17 +72,21 @@ def prompts(count: int):
 
 def report(timed_batches: int, seconds: float, **more) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
-    figures = {"samples_per_second": timed_batches * BATCH / seconds, "peak_mib": peak, "cpu": time.process_time(), **more}
+    figures = {
+        "samples_per_second": timed_batches * BATCH / seconds,
+        "peak_mib": peak,
+        "cpu": time.process_time(),
+        **more,
+    }
     print("RESULT " + json.dumps(figures))
 
 
 def run_ours(folder: Path, batches: int, micro_batch: int) -> None:
+    import torch
     from transformers import TrainerCallback
 
     from trl_ext import PPOMaxConfig, PPOMaxTrainer, Role, SharedBaseModel
     from trl_ext.roles import AdapterWeights, load_base, lora_config
-
-    import torch
 
     class Clock(TrainerCallback):
         started = 0.0

@@ -19,13 +19,13 @@ EVERYTHING = {"critic_warmup_steps": 3, "kl_control": "adaptive", "kl_horizon": 
 PASSES = {"num_iterations": 2, "steps_per_generation": 2, "per_device_train_batch_size": 2}
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
 class RaiseAfterSave(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
-        raise Killed
+        raise KilledError
 
 
 class Recorder(TrainerCallback):
@@ -51,7 +51,7 @@ def make(world, folder, callbacks=(), **options):
 
 def killed_and_resumed(world, folder, **options):
     """A run that ends right after its first checkpoint, and the new trainer that went on from there."""
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         make(world, folder, [RaiseAfterSave()], **options).train()
     torch.manual_seed(12345)  # a new process starts from other random numbers
     resumed = make(world, folder, **options)
@@ -125,7 +125,7 @@ def test_the_order_of_prompts_goes_on_across_epochs(world, tmp_path, save_steps)
         return recorder
 
     whole = run(tmp_path / "whole").prompts
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(tmp_path / "killed", [RaiseAfterSave()])
     assert run(tmp_path / "killed", resume_from_checkpoint=True).prompts == whole[save_steps:]
     epochs = [sorted(whole[i] + whole[i + 1]) for i in (0, 2, 4)]

@@ -88,9 +88,9 @@ def four_roles(world: Path) -> SharedBaseModel:
 
 
 def prompts(rows: int = 8, **columns) -> Dataset:
-    """Prompts of 1 to 4 words, no two alike."""
-    texts = [" ".join(WORDS[(i * 3 + k) % len(WORDS)] for k in range(1 + i % 4)) for i in range(rows)]
-    return Dataset.from_dict({"prompt": texts, **columns})
+    """Prompts of different lengths, no two alike."""
+    texts = [[WORDS[(5 * i + k) % len(WORDS)] for k in range(1 + i % 4 + i // len(WORDS))] for i in range(rows)]
+    return Dataset.from_dict({"prompt": [" ".join(words) for words in texts], **columns})
 
 
 def chats(rows: int = 8) -> Dataset:
@@ -98,8 +98,9 @@ def chats(rows: int = 8) -> Dataset:
 
 
 def texts(rows: int = 5) -> Dataset:
-    """For PPO-ptx: a number of rows that no batch size divides."""
-    return Dataset.from_dict({"text": [" ".join(WORDS[i : i + 3 + i]) for i in range(rows)]})
+    """For PPO-ptx: rows of different lengths, of a number that no batch size divides."""
+    words = [[WORDS[(i + k) % len(WORDS)] for k in range(3 + i)] for i in range(rows)]
+    return Dataset.from_dict({"text": [" ".join(row) for row in words]})
 
 
 def count_words(prompts, completions, **kwargs) -> list[float]:
@@ -170,19 +171,21 @@ def random_rollout(rows: int = 8, prompt: int = 3, completion: int = 5) -> Rollo
     )
 
 
-def gradients(trainer: PPOMaxTrainer, rollout: Rollout) -> dict[str, torch.Tensor | None]:
-    """Gradients of all trained weights at the first optimizer step of `train()`, if this is the rollout.
+def gradients(trainer: PPOMaxTrainer, rollout: Rollout, steps: int = 1) -> dict[str, torch.Tensor | None]:
+    """Mean gradient of each trained weight over the first optimizer steps of `train()`, if this is the rollout.
 
-    Of several processes each takes its share of the rows.
+    Of several processes each takes its share of the rows. None where there is no gradient.
     """
     found: dict[str, torch.Tensor | None] = {}
 
     class Record(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             for name, parameter in trainer.model.named_parameters():
-                if parameter.requires_grad:
-                    found[name] = None if parameter.grad is None else parameter.grad.clone()
-            control.should_training_stop = True
+                if parameter.requires_grad and parameter.grad is None:
+                    found.setdefault(name, None)
+                elif parameter.requires_grad:
+                    found[name] = found.get(name, 0) + parameter.grad / steps
+            control.should_training_stop = state.global_step + 1 >= steps
 
     def give(inputs):
         start = trainer.accelerator.process_index * len(inputs)
@@ -193,6 +196,11 @@ def gradients(trainer: PPOMaxTrainer, rollout: Rollout) -> dict[str, torch.Tenso
     trainer._generate_and_score_completions = give
     trainer.train()
     return found
+
+
+def rollout_entries(trainer: PPOMaxTrainer) -> list[dict]:
+    """The log entries of steps that began with a rollout."""
+    return [entry for entry in trainer.state.log_history if "reward" in entry]
 
 
 def comparable(history: list[dict]) -> list[dict]:

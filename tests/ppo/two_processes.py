@@ -1,13 +1,15 @@
 """Run by test_distributed.py on each of two processes, under torch.distributed.run: two_processes.py WORLD FOLDER"""
 
+import contextlib
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import TrainerCallback
 
 from tests.ppo import tiny
-from trl_ext import Role
+from trl_ext import PPOMaxTrainer, Role
 
 # What is compared with one process on the whole rollout: micro-batches of 2 rows on each of two processes
 GRADIENTS = {
@@ -15,7 +17,7 @@ GRADIENTS = {
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "in warm-up": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "critic_warmup_steps": 5},
 }
-# Three rollouts; the critic warms up alone for the first and half of the second
+# Three rollouts of 4 optimizer steps; the critic warms up alone for the first and half of the second
 TRAINING = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
@@ -40,34 +42,71 @@ def gradient_options(options: dict) -> dict:
     return {"max_steps": 5, "epsilon": 0.9, "value_clip": 5.0, "entropy_coef": 0.1, "max_grad_norm": 1e9} | options
 
 
+class KilledError(Exception):
+    pass
+
+
+class RaiseAfterSave(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        raise KilledError
+
+
+def run(
+    world: Path, folder: Path, *callbacks: TrainerCallback, resume: bool = False
+) -> tuple[PPOMaxTrainer, list, list]:
+    """A trained trainer; this process's mean advantage of each rollout; what the KL controller was told."""
+    trainer = tiny.trainer(
+        world,
+        folder,
+        reward_funcs=rank_reward,
+        dataset=tiny.prompts(32),
+        eval_dataset=tiny.prompts(4),
+        eval_strategy="steps",
+        eval_steps=4,
+        save_strategy="steps",
+        save_steps=4,
+        per_device_eval_batch_size=2,
+        ptx_dataset=tiny.texts(),
+        callbacks=list(callbacks),
+        **TRAINING,
+    )
+    advantages, rollout = [], trainer._generate_and_score_completions
+    observed, controller = [], trainer.ppo_state.kl
+    update = controller.update
+    controller.update = lambda kl, n: observed.append((kl, n)) or update(kl, n)
+
+    def record(inputs):
+        batch = rollout(inputs)
+        advantages.append((batch["advantages"].sum() / batch["completion_mask"].sum()).item())
+        return batch
+
+    trainer._generate_and_score_completions = record
+    with contextlib.suppress(KilledError):
+        trainer.train(resume_from_checkpoint=resume)
+    return trainer, advantages, observed
+
+
+def ending(trainer: PPOMaxTrainer) -> dict:
+    return {
+        "weights": {role.value: tiny.role_weights(trainer.model, role) for role in Role},
+        "state": trainer.ppo_state.state_dict(),
+        "history": tiny.comparable(trainer.state.log_history[:-1]),
+    }
+
+
 def main() -> None:
     world, folder = Path(sys.argv[1]), Path(sys.argv[2])
     found = {}
     for name, options in GRADIENTS.items():
         trainer = tiny.trainer(world, folder / name, **gradient_options(options))
         found[name] = tiny.gradients(trainer, tiny.random_rollout())
-    trainer = tiny.trainer(
-        world,
-        folder / "run",
-        reward_funcs=rank_reward,
-        dataset=tiny.prompts(16),
-        eval_dataset=tiny.prompts(4),
-        eval_strategy="steps",
-        eval_steps=4,
-        per_device_eval_batch_size=2,
-        ptx_dataset=tiny.texts(),
-        **TRAINING,
-    )
-    start = tiny.role_weights(trainer.model, Role.POLICY)
-    trainer.train()
-    found |= {
-        "wrapped": type(trainer.model_wrapped).__name__,
-        "weights": {role.value: tiny.role_weights(trainer.model, role) for role in Role},
-        "start": start,
-        "state": trainer.ppo_state.state_dict(),
-        "history": trainer.state.log_history,
-        "next_random": torch.rand(1).item(),
-    }
+    start = tiny.role_weights(tiny.four_roles(world), Role.POLICY)
+    trainer, advantages, observed = run(world, folder / "run")
+    found |= {"wrapped": type(trainer.model_wrapped).__name__, "start": start, "advantages": advantages}
+    found["observed"] = observed
+    found |= {"end": ending(trainer), "next_random": torch.rand(1).item()}
+    run(world, folder / "killed", RaiseAfterSave())
+    found["resumed"] = ending(run(world, folder / "killed", resume=True)[0])
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

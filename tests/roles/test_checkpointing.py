@@ -1,5 +1,6 @@
 """Gradient checkpointing must recompute under the role that was active in forward, not the one active in backward."""
 
+import inspect
 import json
 import warnings
 from types import SimpleNamespace
@@ -122,7 +123,9 @@ def test_it_survives_the_generation_of_trl(make_base, make_adapter, batch, kwarg
     gradients(model, batch)
     assert count.n == 2
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-    with unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwargs=kwargs) as unwrapped:
+    takes_kwargs = "gradient_checkpointing_kwargs" in inspect.signature(unwrap_model_for_generation).parameters
+    options = {"gradient_checkpointing_kwargs": kwargs} if takes_kwargs else {}  # TRL 1.16 does, 1.15 does not
+    with unwrap_model_for_generation(model, accelerator, **options) as unwrapped:
         assert not unwrapped.is_gradient_checkpointing
         unwrapped.generate(input_ids=batch[0], attention_mask=batch[1], max_new_tokens=2)
     assert model.is_gradient_checkpointing

@@ -1,6 +1,7 @@
 """The model card of a published PPO-Max policy."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_ext.ppo.config import PPOMaxConfig
@@ -12,17 +13,28 @@ if TYPE_CHECKING:
 NOT_METHOD = {"output_dir", "logging_dir", "run_name", "report_to", "hub_token", "hub_model_id", "push_to_hub"}
 COLUMNS = ("step", "reward", "kl", "beta", "perplexity", "completions/mean_length", "explained_variance")
 ROWS = 12
+TAGS = ("ppo", "rlhf", "lora", "trl", "trl_ext")
 
 
-def model_card(trainer: "PPOMaxTrainer") -> str:
+def model_card(
+    trainer: "PPOMaxTrainer",
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | list[str] | None = None,
+) -> str:
     """Markdown with a Hub header: base, method, the options that differ from their defaults, the course of the run."""
     model = trainer.model
     base = model.get_base_model().name_or_path
     others = [role.value for role in model._roles if role.value != "policy"]
-    header = ["---", f"base_model: {base}", "library_name: peft", "pipeline_tag: text-generation", "tags:"]
-    header += [f"- {tag}" for tag in ("ppo", "rlhf", "lora", "trl", "trl_ext")] + ["---"]
+    more = [tags] if isinstance(tags, str) else tags or []
+    header = ["---", "library_name: peft", "pipeline_tag: text-generation"]
+    if base and not Path(base).is_dir():  # the Hub refuses a header that names a folder
+        header.append(f"base_model: {base}")
+    if dataset_name:
+        header += ["datasets:", f"- {dataset_name}"]
+    header += ["tags:", *(f"- {tag}" for tag in dict.fromkeys([*TAGS, *more])), "---"]
     body = [
-        f"# {str(trainer.args.output_dir).rstrip('/').split('/')[-1]}",
+        f"# {model_name or Path(str(trainer.args.output_dir)).name}",
         "",
         f"A LoRA adapter on `{base}`, trained by PPO-Max "
         "([arXiv 2307.04964](https://huggingface.co/papers/2307.04964)) with trl_ext.",

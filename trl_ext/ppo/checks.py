@@ -12,16 +12,43 @@ from datasets import Dataset, IterableDataset
 LONGEST_TO_CHECK = 16
 
 
+def check_inputs(
+    args: Any, tokenizer: Any, positions: int | None, train_dataset: Any, eval_dataset: Any, ptx_dataset: Any
+) -> None:
+    """Everything about a run's data that can be wrong without a model.
+
+    Raises:
+        ValueError: What is wrong, and what to change.
+    """
+    check_tokenizer(tokenizer)
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        for part_name, part in _parts(dataset, name):
+            check_prompts(part, part_name)
+            check_lengths(part, part_name, tokenizer, args.max_completion_length, positions)
+    wanted = args.generation_batch_size // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < wanted:
+        raise ValueError(
+            f"train_dataset has {len(train_dataset)} prompts, a rollout batch takes {wanted} (generation_batch_size / "
+            "num_generations): nothing would be trained. Give more prompts, or lower steps_per_generation or "
+            "per_device_train_batch_size."
+        )
+    if (args.ptx_coef > 0) != (ptx_dataset is not None):
+        raise ValueError(f"ptx_coef={args.ptx_coef} and ptx_dataset go together: give both, or neither.")
+
+
+def _parts(dataset: Any, name: str) -> list[tuple[str, Any]]:
+    """Several evaluation sets come as a dict."""
+    if isinstance(dataset, dict):
+        return [(f"{name}[{key!r}]", part) for key, part in dataset.items()]
+    return [(name, dataset)]
+
+
 def check_prompts(dataset: Any, name: str) -> None:
     """A dataset of prompts: a column `prompt`, at least one row, no empty prompt.
 
     Raises:
         ValueError: What is missing, by dataset and row.
     """
-    if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            check_prompts(part, f"{name}[{key!r}]")
-        return
     if dataset is None or isinstance(dataset, IterableDataset):
         return
     if not isinstance(dataset, Dataset):
@@ -96,7 +123,10 @@ def checked_reward(function: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: Another number of rewards, or one that is NaN, infinite or no number; with the function's name,
             the sample and its completion.
     """
-    name = getattr(function, "__name__", type(function).__name__)
+    named: Any = function
+    while isinstance(named, functools.partial):
+        named = named.func
+    name = getattr(named, "__name__", type(named).__name__)
 
     def check(rewards: Any, completions: list[Any]) -> Any:
         rewards = rewards.tolist() if hasattr(rewards, "tolist") else list(rewards)
@@ -119,7 +149,7 @@ def checked_reward(function: Callable[..., Any]) -> Callable[..., Any]:
                 )
         return rewards
 
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+    if inspect.iscoroutinefunction(named) or inspect.iscoroutinefunction(type(named).__call__):
 
         @functools.wraps(function, updated=())
         async def checked_async(*args: Any, **kwargs: Any) -> Any:
@@ -136,15 +166,20 @@ def checked_reward(function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def reward_list(reward_funcs: Any, has_reward_role: bool) -> list[Any]:
+def reward_list(reward_funcs: Any, weights: list[float] | None, has_reward_role: bool) -> list[Any]:
     """Reward functions as a list, each function checked; none is fine when the model scores by itself.
 
     Raises:
-        ValueError: Neither reward functions nor a reward role.
+        ValueError: Neither reward functions nor a reward role, or not one weight per function.
     """
     funcs = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     if not funcs and not has_reward_role:
         raise ValueError(
             "there is nothing to train against: give reward_funcs, or a SharedBaseModel with a reward_adapter."
+        )
+    if weights is not None and len(weights) != len(funcs):
+        raise ValueError(
+            f"reward_weights has {len(weights)} numbers for {len(funcs)} reward_funcs: give one for each. The reward "
+            "role has a weight of its own, reward_role_weight."
         )
     return [f if isinstance(f, str | torch.nn.Module) else checked_reward(f) for f in funcs]

@@ -90,6 +90,10 @@ class PPOMaxConfig(RLOOConfig):
     # Advantages and losses
     gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
     gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    value_lambda: float | None = field(
+        default=None,
+        metadata={"help": "Lambda of the returns that the critic learns; 1 is Monte Carlo. Default: `gae_lambda`."},
+    )
     advantage_clip: float | None = field(
         default=None, metadata={"help": "Clip the (whitened) advantages to +- this. Off by default."}
     )
@@ -145,6 +149,10 @@ class PPOMaxConfig(RLOOConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
         refused: dict[str, tuple[Any, str]] = {
             "reward_clip_range": (self.reward_clip_range, "use reward_clip, which clips after normalisation"),
+            "mask_truncated_completions": (
+                self.mask_truncated_completions,
+                "use missing_eos_penalty; a masked completion would leave its critic untrained",
+            ),
             "sync_ref_model": (self.sync_ref_model, "the reference is the frozen starting policy"),
             "use_vllm": (self.use_vllm, "generation with vLLM is not supported yet; use transformers"),
             "router_aux_loss_coef": (self.router_aux_loss_coef, "the auxiliary loss of experts is not supported"),

@@ -15,6 +15,7 @@ from accelerate.utils import gather
 from torch import Tensor
 
 from trl_ext.ops.masking import masked_mean_var
+from trl_ext.ppo.losses import explained_variance
 from trl_ext.ppo.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class PhaseTimer:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.tokens: dict[str, int] = {}
+        self._update: tuple[int, float] | None = None
 
     def add(self, name: str, tokens: int, seconds: float) -> None:
         self.seconds[name], self.tokens[name] = seconds, tokens
@@ -42,12 +44,25 @@ class PhaseTimer:
         _synchronize()
         self.add(name, tokens, time.perf_counter() - start)
 
+    def start_update(self, tokens: int) -> None:
+        """The update follows the rollout and ends with its last optimizer step, before an evaluation or a save."""
+        _synchronize()
+        self._update = tokens, time.perf_counter()
+
+    def end_update(self) -> None:
+        if self._update is not None:
+            _synchronize()
+            tokens, start = self._update
+            self.add("update", tokens, time.perf_counter() - start)
+            self._update = None
+
     def metrics(self) -> dict[str, float]:
+        """What was timed since the last call."""
         out = {f"seconds/{name}": seconds for name, seconds in self.seconds.items()}
-        return out | {
-            f"tokens_per_second/{name}": self.tokens[name] / max(seconds, 1e-9)
-            for name, seconds in self.seconds.items()
-        }
+        for name, seconds in self.seconds.items():
+            out[f"tokens_per_second/{name}"] = self.tokens[name] / max(seconds, 1e-9)
+        self.seconds.clear()
+        return out
 
 
 def _synchronize() -> None:
@@ -56,7 +71,7 @@ def _synchronize() -> None:
 
 
 def rollout_metrics(rollout: Rollout, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """KL, rewards, perplexities, lengths of one rollout batch."""
+    """KL, rewards, perplexities, lengths, and how well the critic did on one rollout batch."""
     mask = rollout.completion_mask.bool()
     lengths = mask.sum(1)
     count, tokens, truncated, empty, nll, entropy = reduce(
@@ -90,6 +105,8 @@ def rollout_metrics(rollout: Rollout, reduce: Callable[[Tensor], Tensor]) -> dic
         out[f"{name}_mean" if name in ("value", "return") else name] = mean.item()
         out[f"{name}_std"] = var.clamp(min=0).sqrt().item()
     del out["advantage"]
+    explained = explained_variance(rollout.values, rollout.returns, mask, reduce=reduce)
+    out["explained_variance"] = explained.item()
     if rollout.reference_logps is not None:
         difference = torch.where(mask, rollout.logps - rollout.reference_logps, 0.0)
         total, reference_nll = reduce(
@@ -133,11 +150,11 @@ def average_over_processes(stats: dict[str, Tensor]) -> dict[str, float]:
     return {name: largest[i] if name.endswith("max") else means[i] for i, name in enumerate(stats)}
 
 
-def check_finite(terms: dict[str, Tensor], step: int, output_dir: str) -> None:
-    """Stop before a non-finite loss reaches the weights.
+def check_finite(what: str, terms: dict[str, Tensor], step: int, output_dir: str) -> None:
+    """Stop before a non-finite loss or gradient reaches the weights.
 
     Raises:
-        RuntimeError: The step, the terms with their values, and the last checkpoint.
+        RuntimeError: What it is, the step, the terms with their values, and the last checkpoint.
     """
     values = dict(zip(terms, torch.stack([t.detach().float() for t in terms.values()]).tolist(), strict=True))
     bad = {name: value for name, value in values.items() if not math.isfinite(value)}
@@ -146,7 +163,7 @@ def check_finite(terms: dict[str, Tensor], step: int, output_dir: str) -> None:
     checkpoints = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     last = f"The last good checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
     raise RuntimeError(
-        f"non-finite loss at step {step}: {bad}. The weights have not been changed by it. {last} Lower the learning "
+        f"non-finite {what} at step {step}: {bad}. The weights have not been changed by it. {last} Lower the learning "
         "rate of that role, or compute in float32 or bfloat16 instead of float16."
     )
 

@@ -148,11 +148,20 @@ def add_kl_and_rewards(rollout: Rollout, *, estimator: str, beta: float) -> None
 
 
 def add_advantages(
-    rollout: Rollout, *, gamma: float, lam: float, whiten: bool, clip: float | None, reduce: Reduce | None = None
+    rollout: Rollout,
+    *,
+    gamma: float,
+    lam: float,
+    value_lam: float,
+    whiten: bool,
+    clip: float | None,
+    reduce: Reduce | None = None,
 ) -> None:
     """Fill `advantages` and `returns` by GAE; advantages whitened over the batch of all processes, then clipped."""
     mask = rollout.completion_mask.bool()
     advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, gamma, lam)
+    if value_lam != lam:
+        _, rollout.returns = gae(rollout.rewards, rollout.values, mask, gamma, value_lam)
     if whiten:
         advantages = masked_whiten(advantages, mask, reduce=reduce)
     rollout.advantages = advantages if clip is None else advantages.clamp(-clip, clip)

@@ -1,5 +1,6 @@
 """What PPO-Max remembers from one rollout to the next, and how it gets into a checkpoint and back."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +9,8 @@ from transformers.trainer_callback import ExportableState
 
 from trl_ext.ops.kl import AdaptiveKL, FixedKL, KLController, PenaltyKL
 from trl_ext.ops.moments import RunningMoments
+from trl_ext.ppo.metrics import check_finite
+from trl_ext.roles import Role
 
 if TYPE_CHECKING:
     from trl_ext.ppo.config import PPOMaxConfig
@@ -123,14 +126,25 @@ class PPOStateCallback(TrainerCallback, ExportableState):
             generator.manual_seed(args.seed + int((state.epoch or 0) + 1e-6))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        norms = {}
         for group in optimizer.param_groups:
             if "role" not in group:
                 continue
             grads = [p.grad for p in group["params"] if p.grad is not None]
             if grads:
-                norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]))
-                self.trainer.record({f"grad_norm/{group['role']}": norm.item()})
+                norms[group["role"]] = torch.linalg.vector_norm(
+                    torch.stack([torch.linalg.vector_norm(g.float()) for g in grads])
+                )
             self.trainer.record({f"learning_rate/{group['role']}": group["lr"]})
+        self.trainer.record({f"grad_norm/{role}": norm.item() for role, norm in norms.items()})
+        if norms and self.trainer.accelerator.scaler is None:  # a float16 scaler skips such steps by itself
+            check_finite("gradient norm", norms, state.global_step, str(args.output_dir))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """`load_best_model_at_end` brings back the best policy; the critic saved with it belongs to it."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            critic = Path(state.best_model_checkpoint) / Role.CRITIC.value
+            self.trainer.model.load_adapter(str(critic), Role.CRITIC.adapter_name)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.save_waits |= control.should_save
@@ -140,4 +154,5 @@ class PPOStateCallback(TrainerCallback, ExportableState):
         at_border = at_border or state.global_step >= state.max_steps
         control.should_save, control.should_evaluate = self.save_waits and at_border, self.evaluate_waits and at_border
         if at_border:
+            self.trainer.timer.end_update()
             self.save_waits = self.evaluate_waits = False

@@ -1,13 +1,12 @@
-"""PPO-Max on TRL: `RLOOTrainer` with a critic, by two overridden methods."""
+"""PPO-Max on TRL: `RLOOTrainer` with a critic, by two overridden methods (and a model card)."""
 
-import textwrap
-import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from accelerate.utils import gather, gather_object, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
 from transformers import (
@@ -21,12 +20,13 @@ from trl import RLOOTrainer
 
 from trl_ext.ppo import metrics
 from trl_ext.ppo.card import model_card
-from trl_ext.ppo.checks import check_lengths, check_prompts, check_tokenizer, reward_list
+from trl_ext.ppo.checks import check_inputs, reward_list
 from trl_ext.ppo.config import PPOMaxConfig
-from trl_ext.ppo.losses import explained_variance, policy_loss, value_loss
+from trl_ext.ppo.losses import policy_loss, value_loss
 from trl_ext.ppo.ptx import PTXBatches
 from trl_ext.ppo.rewards import shape_scores, weighted_scores
 from trl_ext.ppo.rollout import Rollout, add_advantages, add_kl_and_rewards, score_with_roles
+from trl_ext.ppo.samples import log_samples, log_what_functions_report
 from trl_ext.ppo.state import PPOState, PPOStateCallback
 from trl_ext.roles import Role, SharedBaseModel, load_base_config, max_positions, shared_base_model
 
@@ -76,17 +76,6 @@ class PPOMaxTrainer(RLOOTrainer):
 
     _tag_names = ["trl", "trl_ext", "ppo"]
     _name = "PPO-Max"
-    _paper = {
-        "title": "Secrets of RLHF in Large Language Models Part I: PPO",
-        "id": "2307.04964",
-        "citation": textwrap.dedent("""\
-            @article{zheng2023secrets,
-                title  = {{Secrets of RLHF in Large Language Models Part I: PPO}},
-                author = {Rui Zheng and Shihan Dou and Songyang Gao and others},
-                year   = 2023,
-                eprint = {arXiv:2307.04964},
-            }"""),
-    }
 
     def __init__(
         self,
@@ -105,24 +94,17 @@ class PPOMaxTrainer(RLOOTrainer):
     ):
         base_name = str(model if isinstance(model, str) else model.config.name_or_path)
         args = args or PPOMaxConfig(f"{base_name.split('/')[-1]}-PPO")
-        init_kwargs: dict[str, Any] = {
-            "trust_remote_code": args.trust_remote_code,
-            **dict(args.model_init_kwargs or {}),
-        }
+        given: Any = args.model_init_kwargs or {}
+        init_kwargs = {"trust_remote_code": args.trust_remote_code, **given}
 
         # 1. Everything that can be wrong without a model
-        reward_funcs = reward_list(reward_funcs, isinstance(model, SharedBaseModel) and model.has_role(Role.REWARD))
-        check_prompts(train_dataset, "train_dataset")
-        check_prompts(eval_dataset, "eval_dataset")
-        if (args.ptx_coef > 0) != (ptx_dataset is not None):
-            raise ValueError(f"ptx_coef={args.ptx_coef} and ptx_dataset go together: give both, or neither.")
+        has_reward_role = isinstance(model, SharedBaseModel) and model.has_role(Role.REWARD)
+        reward_funcs = reward_list(reward_funcs, args.reward_weights, has_reward_role)
         if processing_class is None:
             kept = {k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs}
             processing_class = AutoTokenizer.from_pretrained(base_name, truncation_side="left", **kept)
-        check_tokenizer(processing_class)
-        base_config = load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config
-        positions = max_positions(base_config)
-        check_lengths(train_dataset, "train_dataset", processing_class, args.max_completion_length or 0, positions)
+        positions = max_positions(load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config)
+        check_inputs(args, processing_class, positions, train_dataset, eval_dataset, ptx_dataset)
 
         # 2. One base, four roles
         set_seed(args.seed)
@@ -162,8 +144,7 @@ class PPOMaxTrainer(RLOOTrainer):
                 process_index=self.accelerator.process_index,
                 num_processes=self.accelerator.num_processes,
             )
-        self._update_started: float | None = None
-        self._update_tokens = 0
+        self.timer = metrics.PhaseTimer()
 
     # ------------------------------------------------------------------ the first seam: rollout
 
@@ -171,21 +152,14 @@ class PPOMaxTrainer(RLOOTrainer):
         """DESIGN section 4, from prompts to advantages. Returns what `_compute_loss` gets back in micro-batches."""
         args, state = self.args, self.ppo_state
         training = self.model.training
-        timer = metrics.PhaseTimer()
-        if training and self._update_started is not None:
-            timer.add("update", self._update_tokens, time.perf_counter() - self._update_started)
+        timer = self.timer if training else metrics.PhaseTimer()
 
         # 1. Completions, by TRL's generation
         prompts = [row["prompt"] for row in inputs]
         with timer.phase("generate"):
             prompt_ids, completion_ids, completions = self._generate(prompts)
-        rollout = Rollout.from_ids(
-            prompt_ids,
-            completion_ids,
-            self.eos_token_ids,
-            self._tokenizer.pad_token_id,
-            device=self.accelerator.device,
-        )
+        pad, device = self._tokenizer.pad_token_id, self.accelerator.device
+        rollout = Rollout.from_ids(prompt_ids, completion_ids, self.eos_token_ids, pad, device)
         tokens = int(rollout.attention_mask.sum())
         timer.tokens["generate"] = int(rollout.completion_mask.sum())
 
@@ -218,6 +192,7 @@ class PPOMaxTrainer(RLOOTrainer):
             rollout,
             gamma=args.gamma,
             lam=args.gae_lambda,
+            value_lam=args.gae_lambda if args.value_lambda is None else args.value_lambda,
             whiten=args.normalize_advantages,
             clip=args.advantage_clip,
             reduce=self._sum,
@@ -227,20 +202,17 @@ class PPOMaxTrainer(RLOOTrainer):
         logged = metrics.rollout_metrics(rollout, self._sum)
         logged |= metrics.reward_metrics(self.reward_func_names, per_function, role_scores)
         logged["beta"] = beta
-        mask = rollout.completion_mask
-        logged["explained_variance"] = float(
-            explained_variance(rollout.values, rollout.returns, mask, reduce=self._sum)
-        )
         if training:
             warming_up = state.in_warmup(self.state.global_step)
             state.observe_explained_variance(logged["explained_variance"])
             if not warming_up and "kl" in logged:
                 state.kl.update(logged["kl"], len(prompts) * self.accelerator.num_processes)
             state.rollouts += 1
-            logged |= timer.metrics() | metrics.memory_metrics(self.accelerator.device)
-            self._update_started, self._update_tokens = time.perf_counter(), tokens * self.num_iterations
+            logged |= timer.metrics() | metrics.memory_metrics(device)
+            timer.start_update(tokens * self.num_iterations)
         self.record(logged)
-        self._log_samples(prompts, completions, per_function, rollout)
+        log_samples(self, prompts, completions, per_function, rollout)
+        log_what_functions_report(self, len(prompts))
         batch = {name: getattr(rollout, name) for name in UPDATE_FIELDS}
         return batch | {"num_tokens": self._tokens_per_micro_batch(rollout)}
 
@@ -293,9 +265,20 @@ class PPOMaxTrainer(RLOOTrainer):
                 stats["ptx_loss"] = outputs["ptx_loss"]
 
         # 3. No silent nonsense
-        metrics.check_finite(terms, self.state.global_step, str(args.output_dir))
+        metrics.check_finite("loss", terms, self.state.global_step, str(args.output_dir))
         self.record(metrics.average_over_processes(stats))
         return torch.stack(list(terms.values())).sum()
+
+    # ------------------------------------------------------------------ the third override: the card
+
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Our card, where `push_to_hub` and every checkpoint would write TRL's over it."""
+        if self.is_world_process_zero():
+            path = Path(str(self.args.output_dir)) / "README.md"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(model_card(self, model_name, dataset_name, tags), encoding="utf-8")
 
     # ------------------------------------------------------------------ details
 
@@ -332,16 +315,3 @@ class PPOMaxTrainer(RLOOTrainer):
         micro_steps = self.args.gradient_accumulation_steps
         batch = self._ptx.batch(self.state.global_step * micro_steps + self._step % micro_steps)
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-
-    def _log_samples(self, prompts: Any, completions: Any, per_function: Tensor, rollout: Rollout) -> None:
-        """Fill the table that `log_completions` prints."""
-        if not self.log_completions:
-            return
-        self._logs["prompt"].extend(gather_object(prompts))
-        self._logs["completion"].extend(gather_object(completions))
-        for name, column in zip(self.reward_func_names, gather(per_function).T, strict=True):
-            self._logs["rewards"][name].extend(column.tolist())
-        if not self.reward_func_names:
-            self._logs["rewards"]["reward_role"].extend(gather(rollout.scores).tolist())
-        lengths = rollout.completion_mask.sum(1).clamp(min=1)
-        self._logs["advantages"].extend(gather(rollout.advantages.sum(1) / lengths).tolist())

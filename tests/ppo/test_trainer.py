@@ -1,0 +1,261 @@
+"""PPOMaxTrainer from the outside: what it takes, what scores a completion, what it logs and evaluates."""
+
+import math
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tests.ppo import tiny
+from trl_ext import Role, SharedBaseModel
+
+# DESIGN section 4, "Logged every step", with TRL's names where TRL has them
+LOGGED = """
+    reward reward_std reward_shaped reward_shaped_std rewards/reward_role/mean rewards/reward_role/std
+    kl kl_per_token beta policy_loss value_loss clip_fraction/policy clip_fraction/value ratio_mean ratio_max approx_kl
+    entropy explained_variance value_mean value_std return_mean return_std advantage_std perplexity perplexity_reference
+    completions/mean_length completions/truncated_ratio completions/clipped_ratio completions/empty
+    grad_norm grad_norm/policy grad_norm/critic learning_rate learning_rate/policy learning_rate/critic loss num_tokens
+    seconds/generate seconds/score seconds/update peak_memory_gib
+    tokens_per_second/generate tokens_per_second/score tokens_per_second/update
+""".split()
+
+
+def base(world):
+    return AutoModelForCausalLM.from_pretrained(world / "base")
+
+
+def trained_adapter(world):
+    """A `PeftModel` whose adapter is not the base."""
+    return tiny._randomized(get_peft_model(base(world), tiny.lora()))
+
+
+@pytest.mark.parametrize(
+    ("make", "peft_config", "roles"),
+    [
+        pytest.param(lambda world: str(world / "base"), True, {Role.POLICY, Role.CRITIC}, id="folder, peft_config"),
+        pytest.param(lambda world: str(world / "base"), False, {Role.POLICY, Role.CRITIC}, id="folder alone"),
+        pytest.param(base, True, {Role.POLICY, Role.CRITIC}, id="PreTrainedModel"),
+        pytest.param(trained_adapter, False, {Role.POLICY, Role.REFERENCE, Role.CRITIC}, id="PeftModel"),
+        pytest.param(tiny.four_roles, False, set(Role), id="SharedBaseModel"),
+    ],
+)
+def test_every_kind_of_model_trains_policy_and_critic_and_nothing_else(world, tmp_path, make, peft_config, roles):
+    options = {"peft_config": tiny.lora()} if peft_config else {}
+    trainer = tiny.trainer(world, tmp_path, model=make(world), reward_funcs=tiny.count_words, **options)
+    model = trainer.model
+    assert isinstance(model, SharedBaseModel)
+    assert set(model._roles) == roles
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer.train()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+    assert {model._owner(name) for name in changed} == {Role.POLICY, Role.CRITIC}
+    first, second = tiny.rollout_entries(trainer)
+    assert first["kl"] == 0.0
+    assert second["kl"] != 0.0
+
+
+def test_a_peft_model_starts_from_its_adapter_and_keeps_it_as_the_reference(world, tmp_path):
+    adapter = trained_adapter(world)
+    start = {n: p.detach().clone() for n, p in adapter.named_parameters() if "lora_B" in n}
+    trainer = tiny.trainer(world, tmp_path, model=adapter, reward_funcs=tiny.count_words)
+    trainer.train()
+    parameters = dict(trainer.model.named_parameters())
+    for name, tensor in start.items():
+        assert torch.equal(parameters[name.replace(".default.", ".reference.")], tensor)
+        assert not torch.equal(parameters[name], tensor)
+
+
+# ---------------------------------------------------------------------- what scores a completion
+
+
+async def count_words_later(prompts, completions, **kwargs):
+    return tiny.count_words(prompts, completions)
+
+
+class LengthReward:
+    """A callable object with a name of its own, and None where it does not apply."""
+
+    def __call__(self, prompts, completions, completion_ids, **kwargs):
+        return [float(len(ids)) if len(ids) > 2 else None for ids in completion_ids]
+
+
+def first_rollout(trainer) -> dict:
+    trainer.train()
+    return tiny.rollout_entries(trainer)[0]
+
+
+@pytest.mark.parametrize("dataset", [tiny.prompts, tiny.chats], ids=["plain", "conversational"])
+@pytest.mark.parametrize("function", [tiny.count_words, count_words_later], ids=["sync", "async"])
+def test_a_function_scores_plain_and_conversational_prompts(world, tmp_path, dataset, function):
+    rewards = {}
+
+    def expected(prompts, completions, **kwargs):
+        rewards.setdefault("first", tiny.count_words(prompts, completions))
+        return [0.0] * len(completions)
+
+    trainer = tiny.trainer(
+        world, tmp_path, model=str(world / "base"), reward_funcs=[function, expected], dataset=dataset(), max_steps=1
+    )
+    entry = first_rollout(trainer)
+    assert entry["reward"] == pytest.approx(sum(rewards["first"]) / 4)
+    assert entry[f"rewards/{function.__name__}/mean"] == pytest.approx(entry["reward"])
+
+
+@pytest.mark.parametrize("dataset", [tiny.prompts, tiny.chats], ids=["plain", "conversational"])
+def test_a_classifier_scores_by_path_or_by_instance(world, tmp_path, dataset):
+    path = str(world / "classifier")
+    entries = []
+    for reward in (path, AutoModelForSequenceClassification.from_pretrained(path)):
+        options = {"model": str(world / "base"), "reward_funcs": reward, "dataset": dataset(), "max_steps": 1}
+        entries.append(first_rollout(tiny.trainer(world, tmp_path, **options)))
+    assert entries[0]["reward"] == entries[1]["reward"] == pytest.approx(entries[0]["rewards/classifier/mean"])
+    assert entries[0]["rewards/classifier/std"] > 0.1
+
+
+def test_the_reward_is_the_weighted_sum_of_all_that_scores(world, tmp_path):
+    functions = [tiny.count_words, count_words_later, LengthReward(), str(world / "classifier")]
+    trainer = tiny.trainer(
+        world,
+        tmp_path,
+        reward_funcs=functions,
+        reward_weights=[0.5, -2.0, 0.0, 3.0],
+        reward_role_weight=0.25,
+        reward_normalization="none",
+        reward_clip=None,
+        max_steps=1,
+    )
+    entry = first_rollout(trainer)
+    parts = [entry[f"rewards/{name}/mean"] for name in ("count_words", "count_words_later", "classifier")]
+    expected = 0.5 * parts[0] - 2.0 * parts[1] + 3.0 * parts[2] + 0.25 * entry["rewards/reward_role/mean"]
+    assert entry["reward"] == pytest.approx(expected, abs=1e-5)
+    assert entry["reward_shaped"] == pytest.approx(expected, abs=1e-5)
+    assert entry["rewards/LengthReward/mean"] > 2  # over those to which it applies
+
+
+def test_functions_see_the_other_columns_and_may_log(world, tmp_path):
+    seen = {}
+
+    def reward(prompts, completions, target, completion_ids, trainer_state, log_metric, log_extra, **kwargs):
+        seen.update(zip(prompts, target, strict=True))
+        log_metric("share_of_targets", 0.25)
+        log_metric("share_of_targets", 0.75)
+        log_extra("target", target)
+        return [float(len(ids)) for ids in completion_ids]
+
+    dataset = tiny.prompts(target=[f"target {i}" for i in range(8)])
+    options = {"reward_funcs": reward, "dataset": dataset, "log_completions": True}
+    trainer = tiny.trainer(world, tmp_path, **options)
+    trainer.train()
+    assert seen == dict(zip(dataset["prompt"], dataset["target"], strict=True))
+    assert [entry["share_of_targets"] for entry in tiny.rollout_entries(trainer)] == [0.5, 0.5]
+    assert list(trainer._logs["extra"]["target"]) == [seen[prompt] for prompt in trainer._logs["prompt"]]
+
+
+def test_log_completions_prints_what_was_scored(world, tmp_path, capsys):
+    trainer = tiny.trainer(world, tmp_path, reward_funcs=tiny.count_words, log_completions=True)
+    trainer.train()
+    printed, logs = capsys.readouterr().out, trainer._logs
+    assert "Prompt" in printed
+    assert "count_words" in printed
+    assert len(logs["prompt"]) == len(logs["completion"]) == len(logs["advantages"]) == 4
+    assert list(logs["rewards"]["count_words"]) == [float(len(text.split())) for text in logs["completion"]]
+    total = sum(logs["rewards"]["total"]) / 4
+    assert total == pytest.approx(tiny.rollout_entries(trainer)[-1]["reward"])
+
+
+# ---------------------------------------------------------------------- logs and evaluation
+
+
+def test_everything_that_should_be_logged_is_and_is_finite(world, tmp_path):
+    trainer = tiny.trainer(world, tmp_path, num_iterations=2, max_steps=4, logging_steps=4)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert [name for name in LOGGED if name not in entry] == []
+    assert all(math.isfinite(value) for value in entry.values())
+
+
+def test_logged_figures_agree_with_each_other(world, tmp_path):
+    trainer = tiny.trainer(world, tmp_path, max_steps=4, max_grad_norm=1e9, critic_learning_rate=0.02)
+    trainer.train()
+    for entry in tiny.rollout_entries(trainer):
+        assert entry["kl"] == pytest.approx(entry["kl_per_token"] * entry["completions/mean_length"], abs=1e-5)
+        difference = math.log(entry["perplexity_reference"]) - math.log(entry["perplexity"])
+        assert entry["kl_per_token"] == pytest.approx(difference, abs=1e-5)
+        assert entry["advantage_std"] == pytest.approx(1.0, abs=1e-5)
+        assert entry["completions/truncated_ratio"] == entry["completions/clipped_ratio"]
+        norms = math.hypot(entry["grad_norm/policy"], entry["grad_norm/critic"])
+        assert entry["grad_norm"] == pytest.approx(norms, rel=1e-4)
+        assert entry["learning_rate/critic"] == pytest.approx(2 * entry["learning_rate/policy"])
+        assert entry["perplexity"] > 1
+        assert abs(entry["reward_shaped"]) <= 0.8
+
+
+def test_the_perplexity_is_that_of_the_sampled_tokens(world, tmp_path):
+    trainer = tiny.trainer(world, tmp_path, max_steps=1, temperature=0.7)
+    rollout = trainer._generate_and_score_completions([{"prompt": text} for text in tiny.prompts()["prompt"]])
+    logged = trainer._metrics["train"]["perplexity"][0]
+    ids, mask = (
+        torch.cat([rollout[f"{part}_{what}"] for part in ("prompt", "completion")], dim=1) for what in ("ids", "mask")
+    )
+    with torch.no_grad():
+        logits = trainer.model.get_base_model()(ids, attention_mask=mask, position_ids=mask.cumsum(1) - mask).logits
+    width = rollout["completion_ids"].shape[1]
+    logps = (logits[:, -width - 1 : -1] / 0.7).log_softmax(-1)
+    nll = -logps.gather(2, rollout["completion_ids"].unsqueeze(2)).squeeze(2)
+    mask = rollout["completion_mask"].bool()
+    assert logged == pytest.approx(math.exp(nll[mask].mean().item()), rel=1e-5)
+
+
+def test_evaluation_reports_and_leaves_the_state_as_it_was(world, tmp_path):
+    trainer = tiny.trainer(
+        world,
+        tmp_path,
+        reward_funcs=tiny.count_words,
+        eval_dataset=tiny.prompts(8),
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=4,
+        num_iterations=2,
+    )
+    trainer.train()
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 4]
+    wanted = "reward kl perplexity perplexity_reference completions/mean_length rewards/count_words/mean beta".split()
+    for entry in evaluations:
+        assert [name for name in wanted if f"eval_{name}" not in entry] == []
+        assert all(math.isfinite(value) for value in entry.values())
+
+    state = trainer.ppo_state.state_dict()
+    weights = {role: tiny.role_weights(trainer.model, role) for role in Role}
+    trainer.evaluate()
+    assert trainer.ppo_state.state_dict() == state
+    assert all(tiny.same(weights[role], tiny.role_weights(trainer.model, role)) for role in Role)
+    assert state["moments"]["count"] == 2 * 4  # the training rollouts alone
+
+
+def test_evaluation_waits_for_the_end_of_the_rollout_and_takes_several_sets(world, tmp_path):
+    sets = {"easy": tiny.prompts(4), "hard": tiny.chats(4)}
+    options = {"eval_dataset": sets, "eval_strategy": "steps", "eval_steps": 3, "max_steps": 4, "num_iterations": 4}
+    trainer = tiny.trainer(world, tmp_path, **options)
+    trainer.train()
+    for name in ("eval_easy_loss", "eval_hard_loss"):
+        entries = [entry for entry in trainer.state.log_history if name in entry]
+        assert [entry["step"] for entry in entries] == [4]
+        assert "eval_reward" in entries[0]
+
+
+def test_the_best_checkpoint_comes_back_with_all_its_roles(world, tmp_path):
+    options = {"eval_dataset": tiny.prompts(4), "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    options |= {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    # beta falls from step to step while the KL is small: the first checkpoint is the best by this measure
+    trainer = tiny.trainer(world, tmp_path, metric_for_best_model="eval_beta", greater_is_better=True, **options)
+    trainer.train()
+    best = tmp_path / "checkpoint-1"
+    assert trainer.state.best_model_checkpoint == str(best)
+    saved = SharedBaseModel.from_pretrained(
+        str(world / "base"), policy_adapter=best, reward_adapter=best / "reward", critic_adapter=best / "critic"
+    )
+    for role in (Role.POLICY, Role.REWARD, Role.CRITIC):
+        assert tiny.same(tiny.role_weights(saved, role), tiny.role_weights(trainer.model, role)), role

@@ -1,0 +1,257 @@
+"""What the update does with a rollout: every flag, the critic's warm-up, the KL's control, gradients, PPO-ptx."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from tests.ppo import tiny
+from trl_ext import Role, SharedBaseModel
+from trl_ext.ppo.ptx import PTXBatches
+
+# Three rollouts of two passes: long enough for everything that acts on the next rollout only
+RUN = {"num_iterations": 2, "max_steps": 6}
+FLAGS = [
+    {"reward_normalization": "scale"},
+    {"reward_normalization": "none"},
+    {"reward_clip": 0.1},
+    {"reward_clip": None},
+    {"reward_role_weight": -1.0},
+    {"missing_eos_penalty": 1.0},
+    {"beta": 0.0},
+    {"beta": 0.5},
+    {"kl_estimator": "k2"},
+    {"kl_estimator": "k3"},
+    {"kl_control": "fixed"},
+    {"kl_control": "penalty"},
+    {"kl_target": 1e-4},
+    {"kl_horizon": 8.0},
+    {"gamma": 0.9},
+    {"gae_lambda": 0.5},
+    {"normalize_advantages": False},
+    {"advantage_clip": 0.5},
+    {"epsilon": 0.01},
+    {"epsilon_high": 0.01},
+    {"value_clip": None},
+    {"vf_coef": 0.1},
+    {"entropy_coef": 0.1},
+    {"ptx_coef": 0.1},
+    {"critic_learning_rate": 1e-3},
+    {"critic_warmup_steps": 2},
+    {"max_grad_norm": 0.1},
+    {"temperature": 0.7},
+]
+
+
+class Weights(TrainerCallback):
+    """The weights of a role before the first step and after each."""
+
+    def __init__(self):
+        self.of = {Role.POLICY: [], Role.CRITIC: []}
+
+    def _take(self, model):
+        for role, weights in self.of.items():
+            weights.append(tiny.role_weights(model, role))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._take(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._take(model)
+
+    def moved(self, role) -> list[bool]:
+        return [not tiny.same(a, b) for a, b in zip(self.of[role], self.of[role][1:], strict=False)]
+
+
+def trained(world, folder, **options):
+    if options.get("ptx_coef"):
+        options["ptx_dataset"] = tiny.texts()
+    trainer = tiny.trainer(world, folder, **RUN | options)
+    trainer.train()
+    return trainer
+
+
+def weights_of(trainer) -> dict:
+    return {f"{role}.{name}": w for role in Role for name, w in tiny.role_weights(trainer.model, role).items()}
+
+
+@pytest.fixture(scope="module")
+def default_weights(world, tmp_path_factory):
+    return weights_of(trained(world, tmp_path_factory.mktemp("default")))
+
+
+def test_the_same_run_twice_ends_with_the_same_bits(world, tmp_path, default_weights):
+    assert tiny.same(weights_of(trained(world, tmp_path)), default_weights)
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: " ".join(f"{k}={v}" for k, v in flag.items()))
+def test_each_flag_works_alone_and_is_not_ignored(world, tmp_path, default_weights, flag):
+    trainer = trained(world, tmp_path, **flag)
+    for entry in trainer.state.log_history:
+        assert all(math.isfinite(value) for value in entry.values())
+    assert not tiny.same(weights_of(trainer), default_weights)
+
+
+def test_all_tricks_together(world, tmp_path):
+    options = {"reward_normalization": "norm", "missing_eos_penalty": 1.0, "kl_estimator": "k3", "gamma": 0.99}
+    options |= {"advantage_clip": 2.0, "epsilon_high": 0.3, "entropy_coef": 0.01, "ptx_coef": 0.1, "vf_coef": 0.5}
+    options |= {"critic_warmup_steps": 2, "critic_warmup_explained_variance": 0.9, "reward_funcs": tiny.count_words}
+    options |= {"gradient_checkpointing": True, "num_generations": 2, "steps_per_generation": 2}
+    trainer = trained(world, tmp_path, **options)
+    assert all(math.isfinite(value) for entry in trainer.state.log_history for value in entry.values())
+
+
+def test_the_penalty_for_a_missing_end_is_exact(world, tmp_path):
+    plain, penalised = (trained(world, tmp_path, max_steps=1, **o) for o in ({}, {"missing_eos_penalty": 0.7}))
+    plain, penalised = tiny.rollout_entries(plain)[0], tiny.rollout_entries(penalised)[0]
+    assert 0 < plain["completions/truncated_ratio"] < 1
+    expected = plain["reward_shaped"] - 0.7 * plain["completions/truncated_ratio"]
+    assert penalised["reward_shaped"] == pytest.approx(expected, abs=1e-6)
+    assert penalised["reward"] == plain["reward"]
+
+
+# ---------------------------------------------------------------------- warm-up
+
+
+def test_warm_up_leaves_the_policy_alone_to_the_last_bit_while_the_critic_learns(world, tmp_path):
+    weights = Weights()
+    trainer = trained(world, tmp_path, critic_warmup_steps=3, callbacks=[weights], weight_decay=0.1, beta=0.1)
+    assert weights.moved(Role.POLICY) == [False] * 3 + [True] * 3
+    assert weights.moved(Role.CRITIC) == [True] * 6
+    entries = tiny.rollout_entries(trainer)
+    assert [entry["kl"] for entry in entries[:2]] == [0.0, 0.0]
+    assert [entry["beta"] for entry in entries] == [0.1] * 3  # a KL of 0 that nothing has moved says nothing
+
+
+@pytest.mark.parametrize(("threshold", "moved"), [(-1e9, [True] * 6), (1.0, [False] * 4 + [True] * 2)])
+def test_warm_up_ends_early_when_the_critic_explains_enough(world, tmp_path, threshold, moved):
+    weights = Weights()
+    options = {"critic_warmup_steps": 4, "critic_warmup_explained_variance": threshold}
+    trained(world, tmp_path, callbacks=[weights], **options)
+    assert weights.moved(Role.POLICY) == moved
+
+
+# ---------------------------------------------------------------------- KL
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_the_reference_computes_only_where_beta_is_not_zero(world, tmp_path, monkeypatch, beta):
+    asked, forward = set(), SharedBaseModel.forward
+
+    def record(self, *args, roles=(), **kwargs):
+        asked.update(roles)
+        return forward(self, *args, roles=roles or None, **kwargs)
+
+    monkeypatch.setattr(SharedBaseModel, "forward", record)
+    trainer = trained(world, tmp_path, beta=beta, max_steps=2)
+    assert asked == {Role.POLICY, Role.CRITIC} | ({Role.REFERENCE} if beta else set())
+    entry = tiny.rollout_entries(trainer)[0]
+    assert ("kl" in entry) == (beta != 0)
+    assert entry["beta"] == beta
+
+
+def adaptive(beta, kl, target, horizon, n):
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
+
+
+@pytest.mark.parametrize("target", [1e-4, 0.5, 100.0])
+@pytest.mark.parametrize("control", ["fixed", "adaptive", "penalty"])
+def test_beta_moves_as_its_controller_says(world, tmp_path, control, target):
+    trainer = trained(world, tmp_path, kl_control=control, kl_target=target, kl_horizon=16.0, max_steps=8)
+    entries = tiny.rollout_entries(trainer)
+    betas, kls = [entry["beta"] for entry in entries], [entry["kl"] for entry in entries]
+    expected = [0.05]
+    for kl in kls[:-1]:
+        penalty = 2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0
+        factor = {"fixed": 1.0, "penalty": penalty, "adaptive": adaptive(1.0, kl, target, 16.0, 4)}[control]
+        expected.append(expected[-1] * factor)
+    assert betas == pytest.approx(expected, rel=1e-6)
+
+
+# ---------------------------------------------------------------------- gradients
+
+# The rollout is not the model's own: ratios far from 1, which the default clip would cut to a gradient of 0
+OPEN = {"epsilon": 0.9, "value_clip": 5.0, "max_grad_norm": 1e9, "entropy_coef": 0.1, "max_steps": 20}
+
+
+def whole(world, folder, **options):
+    trainer = tiny.trainer(world, folder, **OPEN | {"per_device_train_batch_size": 8} | options)
+    return tiny.gradients(trainer, tiny.random_rollout())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_accumulated_micro_batches_have_the_gradient_of_one_batch(world, tmp_path, checkpointing):
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    options |= {"gradient_checkpointing": checkpointing}
+    parts = tiny.gradients(tiny.trainer(world, tmp_path, **OPEN | options), tiny.random_rollout())
+    for name, gradient in whole(world, tmp_path).items():
+        assert gradient.abs().max() > 1e-4, name
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_optimizer_steps_over_one_rollout_share_its_gradient(world, tmp_path):
+    # 4 micro-batches, 2 to an optimizer step, 2 passes: at a learning rate of 0 the mean of the 4 steps is the whole.
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+    options |= {"num_iterations": 2, "learning_rate": 0.0, "critic_learning_rate": 0.0}
+    trainer = tiny.trainer(world, tmp_path, **OPEN | options)
+    parts = tiny.gradients(trainer, tiny.random_rollout(), steps=4)
+    for name, gradient in whole(world, tmp_path).items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_no_figure(world, tmp_path):
+    off, on = (trained(world, tmp_path, gradient_checkpointing=value) for value in (False, True))
+    assert on.model.get_base_model().is_gradient_checkpointing
+    for x, y in zip(tiny.comparable(off.state.log_history), tiny.comparable(on.state.log_history), strict=True):
+        assert x == pytest.approx(y, rel=1e-5, abs=1e-6)
+
+
+# ---------------------------------------------------------------------- PPO-ptx
+
+PAIRS = {"prompt": ["w0 w1", "w2"], "completion": ["w3", "w4 w5"]}
+MESSAGES = [[{"role": "user", "content": "w0 w1"}, {"role": "assistant", "content": "w3"}]]
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        tiny.texts(),
+        Dataset.from_dict(PAIRS),
+        Dataset.from_dict({"messages": MESSAGES * 2}),
+        Dataset.from_dict({"prompt": [m[:1] for m in MESSAGES], "completion": [m[1:] for m in MESSAGES]}),
+    ],
+    ids=["text", "prompt and completion", "messages", "conversational prompt and completion"],
+)
+def test_ptx_moves_the_policy_only(world, tmp_path, dataset):
+    without = whole(world, tmp_path)
+    with_ptx = whole(world, tmp_path, ptx_coef=0.5, ptx_dataset=dataset)
+    for name, gradient in without.items():
+        is_critic = ".critic." in name or name.startswith("heads")
+        assert torch.equal(gradient, with_ptx[name]) == is_critic, name
+
+
+def batches(dataset, **options):
+    options = {"batch_size": 2, "max_length": 8, "seed": 0} | options
+    return PTXBatches(dataset, tiny.tiny_tokenizer(), **options)
+
+
+def test_ptx_texts_end_with_eos_and_are_cut_and_padded_on_the_right():
+    dataset = Dataset.from_dict({"text": ["w0 w1", "w0 w1 w2 w3 w4 w5"]})
+    batch = batches(dataset, max_length=4).batch(0)
+    rows = {tuple(row) for row in batch["input_ids"].tolist()}
+    assert rows == {(6, 7, 1, 0), (6, 7, 8, 9)}  # words begin at 6; eos is 1, pad 0
+    assert sorted(batch["attention_mask"].sum(1).tolist()) == [3, 4]
+    pair = batches(Dataset.from_dict({"prompt": ["w0 "], "completion": ["w1"]}), batch_size=1).batch(0)
+    assert pair["input_ids"].tolist() == [[6, 7, 1]]
+
+
+def test_ptx_shows_every_row_once_an_epoch_over_all_processes():
+    own = [batches(tiny.texts(6), batch_size=1, process_index=i, num_processes=2, max_length=30) for i in (0, 1)]
+    epochs = []
+    for start in (0, 3):
+        rows = [int(b.batch(k)["attention_mask"].sum()) for k in range(start, start + 3) for b in own]
+        assert len(set(rows)) == 6  # the texts differ in length
+        epochs.append(rows)
+    assert epochs[0] != epochs[1]
