@@ -48,7 +48,8 @@ def load_reward_function(spec: str) -> str | Callable[..., Any]:
     if not path.is_file():
         raise ValueError(f"--reward_funcs {spec}: there is no file {path.resolve()}.")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert module_spec is not None and module_spec.loader is not None
+    assert module_spec is not None
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[path.stem] = module
     module_spec.loader.exec_module(module)

@@ -34,7 +34,7 @@ class RecipeArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(
         default=None,
-        metadata={"help": "Split to evaluate on. Default: the first `eval_prompts` of the training split."},
+        metadata={"help": "Split to evaluate on. Default: the first rows of the training split."},
     )
     policy_adapter: str | None = field(
         default=None, metadata={"help": "LoRA adapter the policy starts from and stays near. Default: a fresh one."}
@@ -100,9 +100,7 @@ def real_inputs(recipe: RecipeArguments, training: Any, model_args: Any) -> tupl
     from trl_ext import SharedBaseModel
 
     if recipe.dataset_name is None:
-        raise ValueError(
-            "--dataset_name is missing: give a Hub id, a folder or a jsonl/gz file with a column `prompt`."
-        )
+        raise ValueError("--dataset_name is missing: a Hub id, a folder or a jsonl/gz file with a column `prompt`.")
     if recipe.reward_adapter is None and not recipe.reward_funcs:
         raise ValueError("nothing scores the completions: give --reward_adapter, or --reward_funcs file.py:function.")
     functions = [load_reward_function(spec) for spec in recipe.reward_funcs or []]

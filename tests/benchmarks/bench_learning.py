@@ -69,14 +69,14 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     settings = yaml.safe_load(Path(args.config).read_text())
     settings = {k: v for k, v in settings.items() if not k.startswith("lora_") and k != "use_peft"}
     # yaml 1.1 reads 5e-3 as a string
-    settings = {
-        k: float(v) if isinstance(v, str) and k.endswith(("rate", "epsilon")) else v for k, v in settings.items()
-    }
+    numbers = ("learning_rate", "critic_learning_rate")
+    settings = {k: float(v) if k in numbers else v for k, v in settings.items()}
     settings |= {"output_dir": tempfile.mkdtemp(), "seed": args.seed, "disable_tqdm": True, "report_to": []}
     config = PPOMaxConfig(**settings)
     steps = PASSES * config.steps_per_generation // config.gradient_accumulation_steps
     config.max_steps, config.logging_steps = args.samples // BATCH * steps, steps
-    assert config.generation_batch_size == BATCH and config.num_iterations == PASSES
+    assert config.generation_batch_size == BATCH
+    assert config.num_iterations == PASSES
     trainer = PPOMaxTrainer(args.model, reward, config, prompts, peft_config=lora_config(r=16, lora_alpha=16))
     trainer.train()
     points = curve(trainer.state.log_history, "reward", "kl")
@@ -212,8 +212,8 @@ def summarise(run: dict[str, Any]) -> str:
     points, k = run["points"], 320 // BATCH
     mean = lambda name, part: sum(p[name] for p in part) / len(part)  # noqa: E731
     text = (
-        f"{run['trainer']:8s} rate {run['rate'] or 'config':>7} seed {run['seed']}: reward {mean('reward', points[:k]):.3f}"
-        f" -> {mean('reward', points[-k:]):.3f}, KL {mean('kl', points[-k:]):.2f}, {run['seconds']:.0f} s"
+        f"{run['trainer']:8s} rate {run['rate'] or 'config':>7} seed {run['seed']}: reward "
+        f"{mean('reward', points[:k]):.3f} -> {mean('reward', points[-k:]):.3f}, KL {mean('kl', points[-k:]):.2f}, {run['seconds']:.0f} s"
     )
     if run["completions"]:
         policy, reference = (distinct_2(run["completions"][role]) for role in ("policy", "reference"))

@@ -3,10 +3,10 @@
     python tests/benchmarks/bench_ppo.py
 
 Same work for both: a Llama with random weights (hidden 256, 4 layers, vocabulary 8,192), prompts and responses of 64
-tokens, batches of 32, 2 passes over each batch in micro-batches of `--micro_batch`, LoRA r=8 on all linear layers of the
-policy, float32, no gradient checkpointing. TRL's value model is a full model of its own, as its trainer wants it; ours is
-an adapter. TRL 1.12 is installed into a virtual environment of its own (`--trl_env`, made if missing). Each trainer runs
-in a process of its own; the first batch is not timed; the order alternates over `--repeats`.
+tokens, batches of 32, 2 passes over each batch in micro-batches of `--micro_batch`, LoRA r=8 on all linear layers of
+the policy, float32, no gradient checkpointing. TRL's value model is a full model of its own, as its trainer wants it;
+ours is an adapter. TRL 1.12 is installed into a virtual environment of its own (`--trl_env`, made if missing). Each
+trainer runs in a process of its own; the first batch is not timed; the order alternates over `--repeats`.
 """
 
 import argparse
@@ -75,7 +75,6 @@ def report(timed_batches: int, seconds: float, **more) -> None:
     figures = {
         "samples_per_second": timed_batches * BATCH / seconds,
         "peak_mib": peak,
-        "cpu": time.process_time(),
         **more,
     }
     print("RESULT " + json.dumps(figures))

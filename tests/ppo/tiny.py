@@ -55,7 +55,7 @@ def tiny_config(**options) -> LlamaConfig:
     return LlamaConfig(vocab_size=len(SPECIAL + WORDS), num_key_value_heads=2, **options)
 
 
-def _randomized(model: torch.nn.Module) -> torch.nn.Module:
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
     """Adapters as training leaves them: LoRA's B starts at 0, which would make every adapter the base."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -75,9 +75,9 @@ def build(folder: Path) -> Path:
     for name in ("base", "classifier"):
         tokenizer.save_pretrained(folder / name)
     policy = LlamaForCausalLM.from_pretrained(folder / "base")
-    _randomized(get_peft_model(policy, lora())).save_pretrained(folder / "policy")
+    randomized(get_peft_model(policy, lora())).save_pretrained(folder / "policy")
     reward = LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
-    _randomized(get_peft_model(reward, lora("SEQ_CLS"))).save_pretrained(folder / "reward")
+    randomized(get_peft_model(reward, lora("SEQ_CLS"))).save_pretrained(folder / "reward")
     return folder
 
 

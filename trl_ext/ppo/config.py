@@ -126,6 +126,8 @@ class PPOMaxConfig(RLOOConfig):
         if self.bf16 is None:
             # TRL's default is bf16 everywhere; a T4 has none, and a CPU is slower with it.
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+        if not isinstance(self.num_generations, int) or self.num_generations < 1:
+            raise ValueError(f"num_generations={self.num_generations!r} must be a whole number of at least 1.")
         try:
             super().__post_init__()
         except ValueError as error:
@@ -205,8 +207,9 @@ class PPOMaxConfig(RLOOConfig):
                 continue
             if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a number of at least 0.")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("gamma", "gae_lambda", "value_lambda"):
+            value = getattr(self, name)
+            if not (value is None and name == "value_lambda") and not 0 <= value <= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must lie between 0 and 1.")
         threshold = self.critic_warmup_explained_variance
         if threshold is not None and not threshold <= 1:

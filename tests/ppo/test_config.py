@@ -1,0 +1,171 @@
+"""PPOMaxConfig: the defaults of PPO-Max, and errors that name the field, its value and what to do."""
+
+import dataclasses
+
+import pytest
+import trl
+import yaml
+
+from trl_ext import PPOMaxConfig
+
+# DESIGN section 4, the column "default"
+DEFAULTS = {
+    "reward_normalization": "norm",
+    "reward_clip": 0.8,
+    "missing_eos_penalty": None,
+    "beta": 0.05,
+    "kl_estimator": "k1",
+    "kl_control": "adaptive",
+    "kl_target": 6.0,
+    "gamma": 1.0,
+    "gae_lambda": 0.95,
+    "normalize_advantages": True,
+    "advantage_clip": None,
+    "epsilon": 0.2,
+    "epsilon_high": None,
+    "value_clip": 0.2,
+    "vf_coef": 1.0,
+    "max_grad_norm": 1.0,
+    "ptx_coef": 0.0,
+    "entropy_coef": 0.0,
+    "num_generations": 1,
+    "reward_role_weight": 1.0,
+    "bf16": False,  # on a CPU
+    "disable_dropout": True,
+}
+
+
+def make(tmp_path, **options):
+    return PPOMaxConfig(**{"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True} | options)
+
+
+def test_the_defaults_are_those_of_ppo_max(tmp_path):
+    config = make(tmp_path)
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    assert config.critic_warmup_steps > 0
+    assert config.num_iterations > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("reward_clip", -0.8, "above 0; null .None. switches it off"),
+        ("reward_clip", 0, "above 0; null .None. switches it off"),
+        ("value_clip", 0.0, "above 0; null .None. switches it off"),
+        ("advantage_clip", float("nan"), "above 0"),
+        ("kl_target", 0.0, "above 0"),
+        ("kl_horizon", -1.0, "above 0"),
+        ("temperature", 0.0, "above 0"),
+        ("max_completion_length", 0, "above 0"),
+        ("max_completion_length", None, "above 0"),
+        ("beta", -0.1, "at least 0"),
+        ("beta", "high", "at least 0"),
+        ("vf_coef", -1.0, "at least 0"),
+        ("entropy_coef", float("inf"), "at least 0"),
+        ("ptx_coef", -1.0, "at least 0"),
+        ("missing_eos_penalty", -1.0, "at least 0"),
+        ("critic_learning_rate", -1e-5, "at least 0"),
+        ("critic_warmup_steps", -1, "at least 0"),
+        ("epsilon", -0.2, "at least 0"),
+        ("gamma", 1.1, "between 0 and 1"),
+        ("gae_lambda", -0.1, "between 0 and 1"),
+        ("value_lambda", 1.5, "between 0 and 1"),
+        ("reward_normalization", "whiten", "use one of norm, scale, none"),
+        ("kl_control", "linear", "use one of fixed, adaptive, penalty"),
+        ("kl_estimator", "k4", "use one of k1, k2, k3"),
+        ("critic_warmup_explained_variance", 1.5, "at most 1"),
+        ("reward_clip_range", (-1.0, 1.0), "use reward_clip"),
+        ("mask_truncated_completions", True, "use missing_eos_penalty"),
+        ("sync_ref_model", True, "the reference is the frozen starting policy"),
+        ("use_vllm", True, "use transformers"),
+        ("router_aux_loss_coef", 0.1, "not supported"),
+        ("use_liger_kernel", True, "replaces the forward passes"),
+        ("restore_callback_states_from_checkpoint", True, "restored without it"),
+    ],
+)
+def test_an_error_names_the_field_the_value_and_the_remedy(tmp_path, name, value, remedy):
+    with pytest.raises(ValueError) as error:
+        make(tmp_path, **{name: value})
+    assert f"{name}={value!r}" in str(error.value)
+    error.match(remedy)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, r"'use_reentrant': True.* set it to False"),
+        (
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 3},
+            r"steps_per_generation=3 must be a multiple of ",
+        ),
+        ({"per_device_train_batch_size": 3, "num_generations": 2}, r"\(3\) must be divisible by num_generations \(2\)"),
+        (
+            {"per_device_train_batch_size": 4, "generation_batch_size": 6},
+            r"generation_batch_size \(6\) must be divisible",
+        ),
+        ({"num_generations": 0}, "num_generations=0"),
+        (
+            {"critic_warmup_explained_variance": 0.5, "critic_warmup_steps": 0},
+            "set the steps to the longest that the warm-up may take",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
+
+
+@pytest.mark.parametrize("num_generations", [1, 2, 4])
+def test_one_completion_per_prompt_is_enough_and_more_are_fine(tmp_path, num_generations):
+    config = make(tmp_path, per_device_train_batch_size=4, num_generations=num_generations)
+    assert config.num_generations == num_generations
+
+
+def test_each_trick_can_be_switched_off(tmp_path):
+    off = {"reward_clip": None, "value_clip": None, "advantage_clip": None, "critic_warmup_steps": 0, "beta": 0.0}
+    config = make(tmp_path, **off, reward_normalization="none", kl_control="fixed", normalize_advantages=False)
+    assert {name: getattr(config, name) for name in off} == off
+
+
+def test_the_horizon_is_20_rollout_batches_in_samples(tmp_path):
+    sizes = {"per_device_train_batch_size": 4, "steps_per_generation": 8}
+    assert make(tmp_path, **sizes).kl_horizon == 20 * 4 * 8
+    assert make(tmp_path, **sizes, kl_horizon=10_000.0).kl_horizon == 10_000.0
+
+
+def test_the_critic_learns_three_times_as_fast(tmp_path):
+    assert make(tmp_path, learning_rate=2e-5).critic_learning_rate == pytest.approx(6e-5)
+    assert make(tmp_path, learning_rate=2e-5, critic_learning_rate=1e-6).critic_learning_rate == 1e-6
+    assert make(tmp_path, critic_learning_rate=0.0).critic_learning_rate == 0.0
+
+
+def test_every_field_of_ours_has_a_help_text():
+    inherited = {field.name for field in dataclasses.fields(trl.RLOOConfig)}
+    own = [field for field in dataclasses.fields(PPOMaxConfig) if field.name not in inherited]
+    assert len(own) > 15
+    assert [field.name for field in own if not field.metadata.get("help")] == []
+
+
+def test_a_config_survives_a_copy(tmp_path):
+    config = make(tmp_path, per_device_train_batch_size=4)
+    assert dataclasses.replace(config, generation_batch_size=None).kl_horizon == config.kl_horizon
+    assert config.to_dict()["kl_target"] == 6.0
+
+
+def test_the_command_line_and_yaml_know_every_field(tmp_path):
+    path = tmp_path / "config.yaml"
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "reward_clip": None, "beta": 0.1}
+    path.write_text(yaml.safe_dump(options))
+    parser = trl.TrlParser(PPOMaxConfig)
+    (config,) = parser.parse_args_and_config(["--config", str(path), "--kl_control", "penalty", "--kl_target", "3"])
+    assert (config.reward_clip, config.beta, config.kl_control, config.kl_target) == (None, 0.1, "penalty", 3.0)
+    assert config.value_clip == 0.2
+
+
+def test_help_renders(capsys):
+    with pytest.raises(SystemExit) as ended:
+        trl.TrlParser(PPOMaxConfig).parse_args_and_config(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for name in ("--kl_horizon", "--critic_warmup_explained_variance", "--reward_clip", "--ptx_coef"):
+        assert name in printed

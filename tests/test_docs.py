@@ -1,0 +1,56 @@
+"""README and docs say what the code does: commands, paths, public names, options, metrics."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import trl_ext
+from trl_ext import PPOMaxConfig
+
+
+def documents(root: Path) -> list[Path]:
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def test_the_public_names_are_those_of_the_api_page(repo_root: Path) -> None:
+    documented = re.findall(r"^\| `(\w+)` \|", (repo_root / "docs" / "api.md").read_text(), flags=re.M)
+    assert sorted(documented) == sorted(trl_ext.__all__)
+    for name in trl_ext.__all__:
+        assert getattr(trl_ext, name).__doc__
+
+
+def test_local_links_lead_somewhere(repo_root: Path) -> None:
+    for page in documents(repo_root):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_commands_name_files_that_exist(repo_root: Path) -> None:
+    for page in documents(repo_root):
+        for path in re.findall(r"(?:recipes|tests|docs)/[\w/.]+\.(?:py|yaml|md|png)", page.read_text()):
+            assert (repo_root / path).exists(), f"{page.name}: {path}"
+
+
+def test_the_readme_gives_the_two_commands_and_ci_runs_the_second(repo_root: Path) -> None:
+    readme = (repo_root / "README.md").read_text()
+    assert "pip install -e . -c constraints.txt && accelerate launch recipes/ppo_max.py" in readme
+    assert 'pip install -e ".[test]" -c constraints.txt && pytest' in readme
+    assert re.search(r"^pytest$|^.*\bpytest\b", (repo_root / ".ci" / "run").read_text(), flags=re.M)
+
+
+def test_every_option_of_ours_is_documented_and_no_other(repo_root: Path) -> None:
+    from trl import RLOOConfig
+
+    ours = {f.name for f in dataclasses.fields(PPOMaxConfig)} - {f.name for f in dataclasses.fields(RLOOConfig)}
+    page = (repo_root / "docs" / "ppo_max.md").read_text()
+    undocumented = {name for name in ours if f"`{name}`" not in page} - {"ptx_max_length"}
+    assert undocumented == set()
+
+
+def test_the_file_map_names_folders_that_exist(repo_root: Path) -> None:
+    readme = (repo_root / "README.md").read_text()
+    block = readme.split("## What is where")[1].split("```")[1]
+    for line in block.strip().splitlines():
+        folder = line.split()[0]
+        inside = repo_root / "trl_ext" / folder if line.startswith("  ") else repo_root / folder
+        assert inside.is_dir(), line
