@@ -213,7 +213,8 @@ def summarise(run: dict[str, Any]) -> str:
     mean = lambda name, part: sum(p[name] for p in part) / len(part)  # noqa: E731
     text = (
         f"{run['trainer']:8s} rate {run['rate'] or 'config':>7} seed {run['seed']}: reward "
-        f"{mean('reward', points[:k]):.3f} -> {mean('reward', points[-k:]):.3f}, KL {mean('kl', points[-k:]):.2f}, {run['seconds']:.0f} s"
+        f"{mean('reward', points[:k]):.3f} -> {mean('reward', points[-k:]):.3f}, "
+        f"KL {mean('kl', points[-k:]):.2f}, {run['seconds']:.0f} s"
     )
     if run["completions"]:
         policy, reference = (distinct_2(run["completions"][role]) for role in ("policy", "reference"))

@@ -112,6 +112,14 @@ def test_the_penalty_for_a_missing_end_is_exact(world, tmp_path):
     assert penalised["reward"] == plain["reward"]
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0.6}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+def test_the_first_update_of_a_rollout_sees_the_policy_that_sampled_it(world, tmp_path, options):
+    trainer = trained(world, tmp_path, num_iterations=1, max_steps=3, **options)
+    for entry in tiny.rollout_entries(trainer):
+        assert (entry["ratio_mean"], entry["ratio_max"]) == pytest.approx((1.0, 1.0), abs=1e-5)
+        assert entry["approx_kl"] == pytest.approx(0.0, abs=1e-6)
+
+
 # ---------------------------------------------------------------------- warm-up
 
 

@@ -52,8 +52,9 @@ class RolePasses:
                 `entropy_grad`, and `ptx` (a batch with `input_ids` and `attention_mask` for the language-model loss).
 
         Returns:
-            `dict` with, as asked: `logps`, `entropy` (B, T), zero on padding, of the policy; `reference_logps` (B, T);
-            `values` (B, T), of the state before each completion token; `ptx_loss`, a scalar.
+            `dict` with, as asked: `logps` (B, T) of the policy, zero on padding; its `entropy` (B, T), where no
+            gradient is recorded or `entropy_grad` asks for one; `reference_logps` (B, T); `values` (B, T), of the
+            state before each completion token; `ptx_loss`, a scalar.
         """
         if roles is None:
             return super().forward(input_ids, attention_mask, **kwargs)  # type: ignore[misc]
@@ -80,14 +81,18 @@ class RolePasses:
                     outputs["values"] = self.heads["critic"](hidden)
                     continue
                 is_policy = role is Role.POLICY
-                logps, entropy = self._logprobs(hidden[mask], targets[mask], temperature, entropy_grad and is_policy)
+                needs_entropy = is_policy and (entropy_grad or not torch.is_grad_enabled())
+                logps, entropy = self._logprobs(
+                    hidden[mask], targets[mask], temperature, needs_entropy, entropy_grad and is_policy
+                )
             outputs["logps" if is_policy else "reference_logps"] = _scatter(logps, mask)
-            if is_policy:
+            if needs_entropy:
                 outputs["entropy"] = _scatter(entropy, mask)
         if ptx is not None:
-            hidden = self.hidden_states(ptx["input_ids"], ptx["attention_mask"])[:, :-1]
+            with self.role(Role.POLICY):
+                hidden = self.hidden_states(ptx["input_ids"], ptx["attention_mask"])[:, :-1]
             mask = ptx["attention_mask"][:, 1:].bool() & ptx["attention_mask"][:, :-1].bool()
-            logps, _ = self._logprobs(hidden[mask], ptx["input_ids"][:, 1:][mask], 1.0, False)
+            logps, _ = self._logprobs(hidden[mask], ptx["input_ids"][:, 1:][mask], 1.0, False, False)
             outputs["ptx_loss"] = -logps.mean()
         return outputs
 
@@ -103,7 +108,12 @@ class RolePasses:
         return backbone(input_ids=input_ids, **kwargs).last_hidden_state
 
     def _logprobs(
-        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy_grad: bool
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        with_entropy: bool,
+        entropy_grad: bool,
     ) -> tuple[torch.Tensor, Any]:
         base = self.get_base_model()
         lm_head = base.get_output_embeddings()
@@ -116,6 +126,7 @@ class RolePasses:
             temperature=temperature,
             softcap=softcap,
             logit_scale=factor,
+            with_entropy=with_entropy,
             entropy_grad=entropy_grad,
         )
 
