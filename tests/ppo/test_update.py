@@ -112,6 +112,13 @@ def test_the_penalty_for_a_missing_end_is_exact(world, tmp_path):
     assert penalised["reward"] == plain["reward"]
 
 
+def test_the_entropy_bonus_raises_entropy_and_ptx_lowers_its_own_loss(world, tmp_path):
+    plain, bonus = (trained(world, tmp_path, entropy_coef=coef, beta=0.0) for coef in (0.0, 5.0))
+    assert tiny.rollout_entries(bonus)[-1]["entropy"] > tiny.rollout_entries(plain)[-1]["entropy"] + 0.02
+    entries = tiny.rollout_entries(trained(world, tmp_path, ptx_coef=10.0, max_steps=12))
+    assert entries[-1]["ptx_loss"] < entries[0]["ptx_loss"] - 0.2
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0.6}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
 def test_the_first_update_of_a_rollout_sees_the_policy_that_sampled_it(world, tmp_path, options):
     trainer = trained(world, tmp_path, num_iterations=1, max_steps=3, **options)

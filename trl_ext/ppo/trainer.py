@@ -149,7 +149,7 @@ class PPOMaxTrainer(RLOOTrainer):
     # ------------------------------------------------------------------ the first seam: rollout
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """DESIGN section 4, from prompts to advantages. Returns what `_compute_loss` gets back in micro-batches."""
+        """From prompts to advantages (docs/ppo_max.md). Returns what `_compute_loss` gets back in micro-batches."""
         args, state = self.args, self.ppo_state
         training = self.model.training
         timer = self.timer if training else metrics.PhaseTimer()
