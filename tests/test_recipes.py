@@ -21,7 +21,7 @@ TINY_WORLD = [
 
 
 def launch(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(recipe.parents[1]), "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"PYTHONPATH": str(recipe.parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "accelerate.commands.launch", str(recipe), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
