@@ -55,7 +55,9 @@ def test_with_a_model_and_a_reward_function_it_is_a_real_run(toy_run, tmp_path: 
     world = next((toy_run[0] / "world").glob("world-*"))
     rows = [{"prompt": f"one morning the little {animal} went to the river ."} for animal in ("fox", "bear")] * 4
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "rewards.py").write_text("def length(completions, **kwargs):\n    return [len(c) for c in completions]\n")
+    (tmp_path / "rewards.py").write_text(
+        "def length(completions, **kwargs):\n    return [len(c) for c in completions]\n"
+    )
     result = launch(
         repo_root / "recipes" / "ppo_max.py",
         f"--model_name_or_path={world / 'base'}",
