@@ -12,8 +12,8 @@ import torch
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
-# The models of the suite are tiny: more threads than this cost more than they bring.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# The models of the suite are tiny: a second thread mostly waits, and on a busy machine it slows the first.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
