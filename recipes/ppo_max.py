@@ -12,6 +12,7 @@ from noisy preferences) and trains in it, on a CPU, in minutes. With a model and
 Every option of PPOMaxConfig and of TRL's ModelConfig is a flag (`--help`); `--config x.yaml` sets defaults for them.
 """
 
+import logging
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -166,7 +167,9 @@ def report(before: dict[str, float], after: dict[str, float], samples: tuple[Any
 
 
 def main(arguments: list[str] | None = None) -> None:
+    # Two messages about libraries below us that a user can do nothing about
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     recipe, training, model_args = parse(sys.argv[1:] if arguments is None else arguments)
     from transformers import PrinterCallback, ProgressCallback
     from transformers.trainer_utils import get_last_checkpoint
