@@ -32,7 +32,6 @@ CALLED = {
     "_generate": ["prompts"],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
 }
-torch.set_num_threads(1)
 
 
 def tokenizer():

@@ -11,9 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from trl_ext.roles import AdapterWeights
 
-# A second thread only waits for the first with models of this size: where cores are shared, 100 times longer.
-torch.set_num_threads(1)
-
 VOCABULARY, WIDTH, POSITIONS = 48, 16, 32
 SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ROPE = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
