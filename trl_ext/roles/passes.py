@@ -71,10 +71,15 @@ class RolePasses:
         entropy_grad: bool = False,
         ptx: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
+        if Role.REWARD in roles or not 0 < completion_length < input_ids.shape[1]:
+            raise ValueError(
+                f"roles={roles} and completion_length={completion_length} do not fit {input_ids.shape[1]} columns: "
+                "leave out the reward role (use `score`), and keep at least one prompt column."
+            )
         outputs: dict[str, torch.Tensor] = {}
         targets = input_ids[:, -completion_length:]
         mask = attention_mask[:, -completion_length:].bool()
-        for role in roles:
+        for role in map(Role, roles):
             with self.role(role):
                 hidden = self.hidden_states(input_ids, attention_mask)[:, -completion_length - 1 : -1]
                 if role is Role.CRITIC:
