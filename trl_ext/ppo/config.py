@@ -55,7 +55,7 @@ class PPOMaxConfig(RLOOConfig):
         },
     )
     reward_clip: float | None = field(
-        default=0.8, metadata={"help": "Clip the normalised score to +- this; 'none' in yaml (null) switches it off."}
+        default=0.8, metadata={"help": "Clip the normalised score to +- this; null in a yaml file switches it off."}
     )
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Taken off the shaped score of a completion that the length limit cut."}
