@@ -1,4 +1,4 @@
-"""What a run logs, and the guards that stop it. Every figure is over all processes unless it says otherwise."""
+"""What a run logs. Every figure is over all processes unless it says otherwise."""
 
 import math
 import resource
@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +19,6 @@ from trl_ext.ppo.rollout import Rollout
 
 if TYPE_CHECKING:
     from trl_ext.ppo.config import PPOMaxConfig
-
-FIRST_KL_TOLERANCE = 1e-6
 
 
 class PhaseTimer:
@@ -150,41 +147,6 @@ def average_over_processes(stats: dict[str, Tensor]) -> dict[str, float]:
     rows = gather(stacked.unsqueeze(0))
     means, largest = rows.mean(0).tolist(), rows.amax(0).tolist()
     return {name: largest[i] if name.endswith("max") else means[i] for i, name in enumerate(stats)}
-
-
-def check_finite(what: str, terms: dict[str, Tensor], step: int, output_dir: str) -> None:
-    """Stop before a non-finite loss or gradient reaches the weights.
-
-    Raises:
-        RuntimeError: What it is, the step, the terms with their values, and the last checkpoint.
-    """
-    values = dict(zip(terms, torch.stack([t.detach().float() for t in terms.values()]).tolist(), strict=True))
-    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if not bad:
-        return
-    checkpoints = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-    last = f"The last good checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
-    raise RuntimeError(
-        f"non-finite {what} at step {step}: {bad}. The weights have not been changed by it. {last} Lower the learning "
-        "rate of that role, or compute in float32 or bfloat16 instead of float16."
-    )
-
-
-def check_first_kl(rollout: Rollout) -> None:
-    """Before the first update the policy is the reference; if not, the KL is anchored somewhere else.
-
-    Raises:
-        RuntimeError: Their log-probabilities differ.
-    """
-    if rollout.reference_logps is None:
-        return
-    worst = float((rollout.logps - rollout.reference_logps).abs().max())
-    if worst > FIRST_KL_TOLERANCE:
-        raise RuntimeError(
-            f"before the first update the policy's log-probabilities differ from the reference's by up to {worst}: the "
-            "KL would be measured from another model. Is dropout on (disable_dropout=False), or was the policy changed "
-            "after the SharedBaseModel was made?"
-        )
 
 
 def warn_about_off_policy_sampling(args: "PPOMaxConfig") -> None:

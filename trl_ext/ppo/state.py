@@ -7,9 +7,9 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from trl_ext.ops.guards import check_finite
 from trl_ext.ops.kl import AdaptiveKL, FixedKL, KLController, PenaltyKL
 from trl_ext.ops.moments import RunningMoments
-from trl_ext.ppo.metrics import check_finite
 from trl_ext.roles import Role
 
 if TYPE_CHECKING:

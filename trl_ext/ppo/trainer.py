@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import RLOOTrainer
 
+from trl_ext.ops.guards import check_finite, check_first_kl
 from trl_ext.ppo import metrics
 from trl_ext.ppo.card import model_card
 from trl_ext.ppo.checks import check_inputs, reward_list
@@ -169,8 +170,8 @@ class PPOMaxTrainer(RLOOTrainer):
                 ensemble=args.reward_ensemble,
                 ensemble_coef=args.reward_ensemble_coef,
             )
-        if training and state.rollouts == 0:
-            metrics.check_first_kl(rollout)
+        if training and state.rollouts == 0 and rollout.reference_logps is not None:
+            check_first_kl(rollout.logps, rollout.reference_logps)
 
         # 3. Sequence scores: reward role and functions, weighted
         per_function = self._function_rewards(inputs, prompts, completions, completion_ids)
@@ -262,7 +263,7 @@ class PPOMaxTrainer(RLOOTrainer):
                 stats["ptx_loss"] = outputs["ptx_loss"]
 
         # 3. No silent nonsense
-        metrics.check_finite("loss", terms, self.state.global_step, str(args.output_dir))
+        check_finite("loss", terms, self.state.global_step, str(args.output_dir))
         self.record(metrics.average_over_processes(stats))
         return torch.stack(list(terms.values())).sum()
 

@@ -1,8 +1,7 @@
-"""What a run logs, from sums over responses, pairs and prompts, and the guards that stop it."""
+"""What a run logs, from sums over responses, pairs and prompts."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,8 +9,6 @@ from torch import Tensor
 from trl_ext.rrhf.losses import best_responses, ordered_pairs
 
 Ratio = tuple[Tensor | float, Tensor | float]
-
-FIRST_KL_TOLERANCE = 1e-6
 
 
 class Ratios:
@@ -94,39 +91,6 @@ def kl_metrics(logps: Tensor, reference_logps: Tensor, mask: Tensor) -> dict[str
     """`kl`: mean over responses of log policy - log reference; an estimate of the KL where the policy sampled them."""
     difference = torch.where(mask, logps - reference_logps, 0)
     return {"kl": (difference.sum(), torch.tensor(len(mask), device=mask.device))}
-
-
-def check_finite(terms: dict[str, Tensor], step: int, output_dir: str) -> None:
-    """Stop before a non-finite loss reaches the weights.
-
-    Raises:
-        RuntimeError: The step, the terms with their values, and the last checkpoint.
-    """
-    values = dict(zip(terms, torch.stack([term.detach().float() for term in terms.values()]).tolist(), strict=True))
-    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if not bad:
-        return
-    checkpoints = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-    last = f"The last good checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
-    raise RuntimeError(
-        f"non-finite loss at step {step}: {bad}. The weights have not been changed by it. {last} Lower learning_rate, "
-        "or compute in float32 or bfloat16 instead of float16."
-    )
-
-
-def check_first_kl(logps: Tensor, reference_logps: Tensor) -> None:
-    """Before the first update the policy is the reference; if not, the KL is anchored somewhere else.
-
-    Raises:
-        RuntimeError: Their log-probabilities differ.
-    """
-    worst = float((logps - reference_logps).detach().abs().max())
-    if worst > FIRST_KL_TOLERANCE:
-        raise RuntimeError(
-            f"before the first update the policy's log-probabilities differ from the reference's by up to {worst}: the "
-            "KL would be measured from another model. Is dropout on (disable_dropout=False), or was the policy changed "
-            "after the SharedBaseModel was made?"
-        )
 
 
 def means(values: dict[str, Tensor], count: int) -> dict[str, tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from trl_ext.ops.guards import check_finite, check_first_kl
 from trl_ext.roles import (
     Role,
     SharedBaseModel,
@@ -167,13 +168,13 @@ class RRHFTrainer(Trainer):
         if args.beta > 0:
             reference_logps = outputs["reference_logps"]
             if training and args.disable_dropout and self.state.global_step == 0:
-                metrics.check_first_kl(logps, reference_logps)
+                check_first_kl(logps, reference_logps)
             losses["kl_loss"] = reference_kl_loss(logps, reference_logps, mask, group)
             terms["kl_loss"] = args.beta * losses["kl_loss"]
             found |= metrics.kl_metrics(logps, reference_logps, mask)
 
         # 3. No silent nonsense
-        metrics.check_finite(terms, self.state.global_step, str(args.output_dir))
+        check_finite("loss", terms, self.state.global_step, str(args.output_dir))
         found |= metrics.means(losses, len(inputs["rows"]))
         self.ratios["train" if training else "eval"].add(found)
         loss = torch.stack(list(terms.values())).sum()
