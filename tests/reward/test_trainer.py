@@ -310,6 +310,22 @@ def test_the_best_checkpoint_comes_back_and_the_scale_is_its(base, tmp_path):
     assert trainer.model.scale.mean == pytest.approx(chosen.mean().item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"lm_coef": 0.1, "center_rewards_coefficient": 0.1}], ids=str)
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(base, tmp_path, options):
+    trainer = runs.trainer(base, tmp_path, eval_dataset=runs.pairs(4, seed=3), **options)
+    head = next(p for name, p in trainer.model.named_parameters() if "modules_to_save" in name and p.requires_grad)
+    with torch.no_grad():
+        head[0, 0] = math.nan
+    before = runs.weights(trainer.model)
+    assert math.isnan(trainer.evaluate()["eval_loss"])
+    with pytest.raises(RuntimeError, match=r"non-finite loss at step 0: \{'preference': nan") as error:
+        trainer.train()
+    assert ("'centering': nan" in str(error.value)) == bool(options)
+    assert "imitation" not in str(error.value)
+    after = runs.weights(trainer.model)
+    assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
+
+
 # ---------------------------------------------------------------------- the stored scale, and what is published
 
 

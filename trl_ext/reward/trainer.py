@@ -26,6 +26,7 @@ from transformers import (
 from trl import RewardTrainer
 
 from trl_ext.data import ConversionReport
+from trl_ext.ops.guards import check_finite
 from trl_ext.reward.card import model_card
 from trl_ext.reward.config import RewardModelConfig
 from trl_ext.reward.data import TRAINING, overlap, prepare_tokenizer, tokenize_preferences
@@ -162,6 +163,8 @@ class RewardModelTrainer(RewardTrainer):
             terms["imitation"] = args.lm_coef * imitation_loss(outputs["logps"])
         if args.center_rewards_coefficient is not None:
             terms["centering"] = args.center_rewards_coefficient * (centering_losses(chosen, rejected) * weights).sum()
+        if self.model.training:
+            check_finite("loss", terms, self.state.global_step, str(args.output_dir))
         self._record(terms, scores.detach(), chosen.detach(), rejected.detach(), inputs)
         loss = torch.stack(list(terms.values())).sum()
         ends = torch.stack([scores[inputs["best"]], scores[inputs["worst"]]], dim=1)
