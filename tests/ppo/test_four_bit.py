@@ -11,7 +11,7 @@ from transformers.training_args import OptimizerNames
 from trl import ModelConfig
 
 from tests.ppo import tiny
-from trl_ext import PPOMaxConfig, Role, SharedBaseModel
+from trl_ext import PPOMaxConfig, RewardModelConfig, Role, RRHFConfig, SharedBaseModel
 from trl_ext.ops import precision
 from trl_ext.ops.precision import best_dtype
 from trl_ext.ppo import config as config_module
@@ -170,9 +170,10 @@ def test_the_best_dtype_of_a_card(monkeypatch, has_card, has_bf16, use_cpu, expe
         (torch.bfloat16, {}, True, False),
     ],
 )
-def test_mixed_precision_is_what_the_card_has_unless_given(monkeypatch, tmp_path, best, given, bf16, fp16):
-    monkeypatch.setattr(config_module, "best_dtype", lambda use_cpu: best)
-    args = PPOMaxConfig(str(tmp_path), report_to="none", use_cpu=True, **given)
+@pytest.mark.parametrize("config", [PPOMaxConfig, RRHFConfig, RewardModelConfig])
+def test_mixed_precision_is_what_the_card_has_unless_given(monkeypatch, tmp_path, config, best, given, bf16, fp16):
+    monkeypatch.setattr(precision, "best_dtype", {True: best}.__getitem__)  # of use_cpu, which is True below
+    args = config(str(tmp_path), report_to="none", use_cpu=True, **given)
     assert (args.bf16, args.fp16) == (bf16, fp16)
 
 

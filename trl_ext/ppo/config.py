@@ -9,12 +9,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers.training_args import OptimizerNames
 from trl import RLOOConfig
 
 from trl_ext.ops.ensemble import ENSEMBLE_MODES
-from trl_ext.ops.precision import best_dtype
+from trl_ext.ops.precision import choose_mixed_precision
 
 REWARD_NORMALIZATIONS = ("norm", "scale", "none")
 KL_CONTROLS = ("fixed", "adaptive", "penalty")
@@ -146,10 +145,7 @@ class PPOMaxConfig(RLOOConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None and not self.fp16:
-            # TRL's default is bf16 everywhere; a T4 has none, and a CPU is slower with it.
-            dtype = best_dtype(self.use_cpu)
-            self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+        choose_mixed_precision(self)
         self._optim_by_base = self.optim is None
         self.optim = self.optim or DEFAULT_OPTIM
         if not isinstance(self.num_generations, int) or self.num_generations < 1:

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from trl import RewardConfig
+
+from trl_ext.ops.precision import choose_mixed_precision
 
 SMOOTHED = ("all", "suspected")
 
@@ -66,8 +67,7 @@ class RewardModelConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:  # TRL's default is bf16 everywhere; a T4 has none, and a CPU is slower with it
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+        choose_mixed_precision(self)
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would remove what the collator needs: leave it False.")

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
+
+from trl_ext.ops.precision import choose_mixed_precision
 
 
 @dataclass
@@ -26,7 +27,7 @@ class RRHFConfig(TrainingArguments):
     )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Compute in bfloat16. Default: where the GPU has it, unless fp16 is set."},
+        metadata={"help": "Compute in bfloat16. Default, with fp16 unset: where the GPU has it; others get fp16."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: reward functions read the dataset's other columns."}
@@ -102,8 +103,7 @@ class RRHFConfig(TrainingArguments):
         return self.online_every_steps is not None or self.online_every_pass
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+        choose_mixed_precision(self)
         super().__post_init__()
         self._check_numbers()
         self._check_choices()
