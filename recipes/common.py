@@ -1,4 +1,4 @@
-"""What the recipes share: datasets and reward functions by name, a progress bar, tables and pictures."""
+"""What the recipes share: reward functions by name, a progress bar, tables and pictures."""
 
 import copy
 import importlib.util
@@ -7,33 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from rich.console import Console
 from rich.table import Table
 from transformers import ProgressCallback
-
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-
-def load_split(name: str, split: str, config: str | None = None) -> Dataset:
-    """A split of a dataset: a Hub id, a folder of `save_to_disk` or of data files, or one file (.jsonl, .gz, ...).
-
-    Raises:
-        ValueError: An unknown file format, or a split that is not there.
-    """
-    path = Path(name)
-    if path.is_file():
-        suffixes = [suffix for suffix in path.suffixes if suffix in FILE_FORMATS]
-        if not suffixes:
-            raise ValueError(f"--dataset_name {name}: unknown format, use one of {', '.join(FILE_FORMATS)} (or .gz).")
-        return load_dataset(FILE_FORMATS[suffixes[-1]], data_files=str(path), split="train")
-    on_disk = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
-    loaded = load_from_disk(name) if on_disk else load_dataset(name, config)
-    if isinstance(loaded, Dataset):
-        return loaded
-    if not isinstance(loaded, DatasetDict) or split not in loaded:
-        raise ValueError(f"dataset {name} has the splits {list(loaded)}, not {split!r}: set --dataset_train_split.")
-    return loaded[split]
 
 
 def load_reward_function(spec: str) -> str | Callable[..., Any]:

@@ -13,7 +13,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from common import load_reward_function, load_split
+from common import load_reward_function
+
+from trl_ext.data import load_split
 
 BATCH, PER_PROMPT, PASSES = 32, 4, 2  # samples in a rollout batch, responses to a prompt, passes over samples
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False}

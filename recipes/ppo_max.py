@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import ProgressWithMetrics, load_reward_function, load_split, plot_run, print_table, quantization_of
+from common import ProgressWithMetrics, load_reward_function, plot_run, print_table, quantization_of
 from plan_memory import PredictedPeak, plan_of_run
+
+from trl_ext.data import load_split
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -122,10 +124,10 @@ def real_inputs(recipe: RecipeArguments, training: Any, model_args: Any) -> tupl
     if not recipe.reward_adapter and not recipe.reward_funcs:
         raise ValueError("nothing scores the completions: give --reward_adapter, or --reward_funcs file.py:function.")
     functions = [load_reward_function(spec) for spec in recipe.reward_funcs or []]
-    train = load_split(recipe.dataset_name, recipe.dataset_train_split, recipe.dataset_config)
+    train = load_split(recipe.dataset_name, recipe.dataset_train_split, config=recipe.dataset_config)
     test = train
     if recipe.dataset_test_split is not None:
-        test = load_split(recipe.dataset_name, recipe.dataset_test_split, recipe.dataset_config)
+        test = load_split(recipe.dataset_name, recipe.dataset_test_split, config=recipe.dataset_config)
     inputs: dict[str, Any] = {"reward_funcs": functions, "train_dataset": train, "eval_dataset": test}
     quantization = quantization_of(model_args, training)
     training.choose_optim(quantised=quantization is not None)  # the plan counts its states

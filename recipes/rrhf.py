@@ -21,9 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import ProgressWithMetrics, load_split, plot_run, print_table
+from common import ProgressWithMetrics, plot_run, print_table
 from policy_evaluation import LABELS, evaluate_policy
 from sample_responses import load_functions, load_model, show_report
+
+from trl_ext.data import load_split
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -102,10 +104,10 @@ def real_inputs(recipe: RecipeArguments, model_args: Any, training: Any) -> tupl
     if not recipe.reward_adapter and not recipe.reward_funcs:
         raise ValueError("nothing scores the responses: give --reward_adapter, or --reward_funcs file.py:function.")
     functions = load_functions(recipe.reward_funcs)
-    train = load_split(recipe.dataset_name, recipe.dataset_train_split, recipe.dataset_config)
+    train = load_split(recipe.dataset_name, recipe.dataset_train_split, config=recipe.dataset_config)
     test = train
     if recipe.dataset_test_split is not None:
-        test = load_split(recipe.dataset_name, recipe.dataset_test_split, recipe.dataset_config)
+        test = load_split(recipe.dataset_name, recipe.dataset_test_split, config=recipe.dataset_config)
     return load_model(recipe, model_args), functions, train, test
 
 

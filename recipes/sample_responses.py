@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import load_reward_function, load_split, print_table, quantization_of
+from common import load_reward_function, print_table, quantization_of
+
+from trl_ext.data import load_split
 
 
 @dataclass
@@ -105,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     from transformers import AutoTokenizer
 
     functions = load_functions(recipe.reward_funcs)
-    dataset = load_split(recipe.dataset_name, recipe.dataset_train_split, recipe.dataset_config)
+    dataset = load_split(recipe.dataset_name, recipe.dataset_train_split, config=recipe.dataset_config)
     if recipe.max_prompts is not None:
         dataset = dataset.select(range(min(recipe.max_prompts, len(dataset))))
     model = load_model(recipe, model_args)

@@ -87,7 +87,7 @@ def test_every_kind_of_source_gives_the_same_dataset_and_report(write, name, tmp
 def test_a_split_of_a_folder(tmp_path):
     source = save_splits(HH_ROWS, tmp_path / "splits")
     assert load_preferences(source, split="test")[1].rows_read == 1
-    with pytest.raises(ValueError, match=r"has the splits \['train', 'test'\], not 'validation'"):
+    with pytest.raises(ValueError, match=r"has the splits \['train', 'test'\], not 'validation': choose one of these"):
         load_split(source, "validation")
 
 

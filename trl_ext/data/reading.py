@@ -59,7 +59,10 @@ def load_split(
     if isinstance(loaded, Dataset):
         return loaded
     if not isinstance(loaded, DatasetDict) or split not in loaded:
-        raise ValueError(f"dataset {source} has the splits {list(loaded)}, not {split!r}")
+        raise ValueError(
+            f"dataset {source} has the splits {list(loaded)}, not {split!r}: choose one of these (a recipe's "
+            "--dataset_train_split or --dataset_test_split)"
+        )
     return loaded[split]
 
 
