@@ -67,8 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
         resume = get_last_checkpoint(training.output_dir)
     trainer.train(resume_from_checkpoint=resume or None)
     show("Scoring the test pairs ...", flush=True)
-    results = trainer.evaluate_pairs()
     scores = trainer.score(trainer.eval_dataset)
+    results = trainer.evaluate_pairs(scores=scores)
     trainer.save_model()
 
     if trainer.is_world_process_zero():

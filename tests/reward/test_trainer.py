@@ -198,7 +198,7 @@ def test_a_token_that_is_shared_is_counted_and_run_once(base, tmp_path):
     assert tokens[True][1] == pytest.approx(tokens[False][1], abs=1e-6)
 
 
-def test_evaluation_is_by_hand_over_all_rows(base, tmp_path):
+def test_evaluation_is_by_hand_over_all_rows(base, tmp_path, monkeypatch):
     """Ten rows in batches of four: the last batch is smaller, and every row counts once."""
     held_out = runs.pairs(10, seed=3)
     trainer = runs.trainer(base, tmp_path, eval_dataset=held_out)
@@ -224,6 +224,9 @@ def test_evaluation_is_by_hand_over_all_rows(base, tmp_path):
     assert scores["chosen_lengths"].tolist() == [len(text.split()) + 1 for text in held_out["chosen"]]
     results = trainer.evaluate_pairs()
     assert results["accuracy"] == pytest.approx(metrics["eval_accuracy"])
+    assert trainer.evaluate_pairs(held_out.select(range(5)))["count"] == 5
+    monkeypatch.setattr(trainer, "score", None)  # not called again
+    assert trainer.evaluate_pairs(scores=scores) == trainer.evaluation == results
 
 
 def test_every_row_of_an_accumulated_step_counts_in_its_metrics(base, tmp_path):

@@ -237,11 +237,18 @@ class RewardModelTrainer(RewardTrainer):
             "rejected_lengths": rejected_lengths,
         }
 
-    def evaluate_pairs(self, dataset: Dataset | None = None) -> dict[str, Any]:
-        """All of `reward.metrics.evaluate_pairs` on a dataset (default: `eval_dataset`), kept for the model card."""
-        scores = self.score(self.eval_dataset if dataset is None else dataset)
-        del scores["rows"]
-        self.evaluation = evaluate_pairs(**scores)
+    def evaluate_pairs(
+        self, dataset: Dataset | None = None, *, scores: dict[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """All of `reward.metrics.evaluate_pairs`, kept for the model card.
+
+        Args:
+            dataset: rows to score. Default: `eval_dataset`.
+            scores: what `score` has returned for them, where it has been called already.
+        """
+        if scores is None:
+            scores = self.score(self.eval_dataset if dataset is None else dataset)
+        self.evaluation = evaluate_pairs(**{name: values for name, values in scores.items() if name != "rows"})
         return self.evaluation
 
     def measure_scale(self) -> RewardScale:
