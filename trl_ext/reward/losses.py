@@ -66,14 +66,9 @@ def imitation_loss(logps: Tensor) -> Tensor:
     return -logps.mean()
 
 
-def centering_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """mean[(chosen + rejected)^2]: holds the scores around 0, which the preference loss leaves free.
-
-    Source: Eisenstein et al. 2023, arXiv 2312.09244, equation 2.
-    """
-    return centering_losses(chosen, rejected).mean()
-
-
 def centering_losses(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """`centering_loss` of each pair, (B,)."""
+    """(chosen + rejected)^2 of each pair, (B,): holds the scores around 0, which the preference loss leaves free.
+
+    Source: Eisenstein et al. 2023, arXiv 2312.09244, equation 2, there a mean over pairs.
+    """
     return (chosen + rejected) ** 2

@@ -167,8 +167,9 @@ class RewardModelTrainer(RewardTrainer):
             check_finite("loss", terms, self.state.global_step, str(args.output_dir))
         self._record(terms, scores.detach(), chosen.detach(), rejected.detach(), inputs)
         loss = torch.stack(list(terms.values())).sum()
-        ends = torch.stack([scores[inputs["best"]], scores[inputs["worst"]]], dim=1)
-        return (loss, {"logits": ends}) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        return loss, {"logits": torch.stack([scores[inputs["best"]], scores[inputs["worst"]]], dim=1)}
 
     @torch.no_grad()
     def _record(
