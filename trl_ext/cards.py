@@ -10,14 +10,32 @@ NOT_METHOD = {"output_dir", "logging_dir", "run_name", "report_to", "hub_token",
 ROWS = 12
 
 
-def card_header(base: str, pipeline_tag: str, tags: Iterable[str], dataset_name: str | None = None) -> list[str]:
+def write_card(trainer: Any, card: str) -> None:
+    """Make a card the README of the output folder."""
+    if trainer.is_world_process_zero():
+        path = Path(str(trainer.args.output_dir)) / "README.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(card, encoding="utf-8")
+
+
+def whole_card(args: Any, header: list[str], title: str | None, body: list[str], course: list[str]) -> str:
+    """What a method says of its model, between a header and what every card ends with; title: default, the folder."""
+    lines = [*header, "", f"# {title or Path(str(args.output_dir)).name}", "", *body, ""]
+    lines += ["## Options that differ from the default", "", *options_table(args), "", "## The run", "", *course, ""]
+    return "\n".join(lines)
+
+
+def card_header(
+    base: str, pipeline_tag: str, tags: Iterable[str], more_tags: str | list[str] | None, dataset_name: str | None
+) -> list[str]:
     """Lines of the YAML header; the base is left out where it is a folder, which the Hub refuses."""
+    more_tags = [more_tags] if isinstance(more_tags, str) else more_tags or []
     lines = ["---", "library_name: peft", f"pipeline_tag: {pipeline_tag}"]
     if base and not Path(base).is_dir():
         lines.append(f"base_model: {base}")
     if dataset_name:
         lines += ["datasets:", f"- {dataset_name}"]
-    return [*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"]
+    return [*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys([*tags, *more_tags])), "---"]
 
 
 def options_table(args: Any) -> list[str]:

@@ -1,9 +1,8 @@
 """The model card of a published PPO-Max policy."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_ext.cards import card_header, course_table, options_table
+from trl_ext.cards import card_header, course_table, whole_card
 
 if TYPE_CHECKING:
     from trl_ext.ppo.trainer import PPOMaxTrainer
@@ -22,10 +21,7 @@ def model_card(
     model = trainer.model
     base = model.get_base_model().name_or_path
     others = [name for name, role in model._adapters.items() if role.value != "policy"]
-    more = [tags] if isinstance(tags, str) else tags or []
     body = [
-        f"# {model_name or Path(str(trainer.args.output_dir)).name}",
-        "",
         f"A LoRA adapter on `{base}`, trained by PPO-Max "
         "([arXiv 2307.04964](https://huggingface.co/papers/2307.04964)) with trl_ext.",
         "",
@@ -36,13 +32,7 @@ def model_card(
         "```",
         "",
         f"Beside the policy: {', '.join(f'`{name}/`' for name in others)}.",
-        "",
-        "## Options that differ from the default",
-        "",
-        *options_table(trainer.args),
-        "",
-        "## The run",
-        "",
-        *course_table(trainer.state.log_history, COLUMNS, "reward"),
     ]
-    return "\n".join([*card_header(base, "text-generation", [*TAGS, *more], dataset_name), "", *body, ""])
+    header = card_header(base, "text-generation", TAGS, tags, dataset_name)
+    course = course_table(trainer.state.log_history, COLUMNS, "reward")
+    return whole_card(trainer.args, header, model_name, body, course)

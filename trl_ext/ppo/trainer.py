@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import RLOOTrainer
 
+from trl_ext.cards import write_card
 from trl_ext.ops.guards import check_finite, check_first_kl
 from trl_ext.ppo import metrics
 from trl_ext.ppo.card import model_card
@@ -273,10 +273,7 @@ class PPOMaxTrainer(RLOOTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Our card, where `push_to_hub` and every checkpoint would write TRL's over it."""
-        if self.is_world_process_zero():
-            path = Path(str(self.args.output_dir)) / "README.md"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(model_card(self, model_name, dataset_name, tags), encoding="utf-8")
+        write_card(self, model_card(self, model_name, dataset_name, tags))
 
     # ------------------------------------------------------------------ details
 

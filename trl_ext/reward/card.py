@@ -1,9 +1,8 @@
 """The model card of a published reward model."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_ext.cards import card_header, course_table, options_table
+from trl_ext.cards import card_header, course_table, whole_card
 from trl_ext.reward.metrics import result_rows
 
 if TYPE_CHECKING:
@@ -21,15 +20,12 @@ def model_card(
 ) -> str:
     """Markdown with a Hub header: base, how to load, evaluation, the stored scale, options, the course of the run."""
     base = str(trainer.model.get_base_model().name_or_path)
-    more = [tags] if isinstance(tags, str) else tags or []
     scale = trainer.model.scale
     evaluation = ["It has not been evaluated."]
     if trainer.evaluation:
         rows = result_rows(trainer.evaluation)
         evaluation = ["| | |", "| --- | --- |", *(f"| {label} | {value} |" for label, value in rows)]
     body = [
-        f"# {model_name or Path(str(trainer.args.output_dir)).name}",
-        "",
         f"A reward model: a LoRA adapter and a scalar head on `{base}`, trained with trl_ext.",
         "",
         "```python",
@@ -48,13 +44,7 @@ def model_card(
         if scale is None
         else f"On {scale.count} reference responses the raw score has mean {scale.mean:.4g} and standard deviation "
         f"{scale.std:.4g}. `trl_ext.SharedBaseModel` takes them off; plain PEFT computes raw scores.",
-        "",
-        "## Options that differ from the default",
-        "",
-        *options_table(trainer.args),
-        "",
-        "## The run",
-        "",
-        *course_table(trainer.state.log_history, COLUMNS, "accuracy"),
     ]
-    return "\n".join([*card_header(base, "text-classification", [*TAGS, *more], dataset_name), "", *body, ""])
+    header = card_header(base, "text-classification", TAGS, tags, dataset_name)
+    course = course_table(trainer.state.log_history, COLUMNS, "accuracy")
+    return whole_card(trainer.args, header, model_name, body, course)

@@ -4,7 +4,6 @@ import logging
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from transformers import (
 )
 from trl import RewardTrainer
 
+from trl_ext.cards import write_card
 from trl_ext.data import ConversionReport
 from trl_ext.ops.guards import check_finite
 from trl_ext.reward.card import model_card
@@ -287,10 +287,7 @@ class RewardModelTrainer(RewardTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Our card, where `push_to_hub` and every checkpoint would write TRL's over it."""
-        if self.is_world_process_zero():
-            path = Path(str(self.args.output_dir)) / "README.md"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(model_card(self, model_name, dataset_name, tags), encoding="utf-8")
+        write_card(self, model_card(self, model_name, dataset_name, tags))
 
 
 class _MeasureScale(TrainerCallback):

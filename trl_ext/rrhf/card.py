@@ -1,9 +1,8 @@
 """The model card of a published RRHF policy."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_ext.cards import card_header, course_table, options_table
+from trl_ext.cards import card_header, course_table, whole_card
 
 if TYPE_CHECKING:
     from trl_ext.rrhf.trainer import RRHFTrainer
@@ -23,12 +22,9 @@ def model_card(
     model, args = trainer.model, trainer.args
     base = model.get_base_model().name_or_path
     others = [name for name, role in model._adapters.items() if role.value != "policy"]
-    more = [tags] if isinstance(tags, str) else tags or []
     columns, key = (ONLINE_COLUMNS, "reward") if args.online else (OFFLINE_COLUMNS, "rank_loss")
     sampled = "sampled from the current policy and " if args.online else ""
     body = [
-        f"# {model_name or Path(str(args.output_dir)).name}",
-        "",
         f"A LoRA adapter on `{base}`, trained with trl_ext by RRHF "
         f"([arXiv 2304.05302](https://huggingface.co/papers/2304.05302)) on responses {sampled}ranked by a reward.",
         "",
@@ -37,14 +33,8 @@ def model_card(
         "",
         'policy = AutoPeftModelForCausalLM.from_pretrained("this repository")',
         "```",
-        "",
-        *([f"Beside the policy: {', '.join(f'`{name}/`' for name in others)}.", ""] if others else []),
-        "## Options that differ from the default",
-        "",
-        *options_table(args),
-        "",
-        "## The run",
-        "",
-        *course_table(trainer.state.log_history, columns, key),
+        *(["", f"Beside the policy: {', '.join(f'`{name}/`' for name in others)}."] if others else []),
     ]
-    return "\n".join([*card_header(base, "text-generation", [*TAGS, *more], dataset_name), "", *body, ""])
+    header = card_header(base, "text-generation", TAGS, tags, dataset_name)
+    course = course_table(trainer.state.log_history, columns, key)
+    return whole_card(args, header, model_name, body, course)
