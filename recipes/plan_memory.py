@@ -176,17 +176,19 @@ def plan_of_run(recipe: Any, training: Any, model_args: Any, dataset: Any) -> An
     optimizer_batch, rollout_batch = batch * training.gradient_accumulation_steps, batch * training.steps_per_generation
     if not recipe.auto_batch:
         tracer, weights = memory.Tracer(config, setup), memory.count_weights(config, setup)
-        return memory.plan_memory(tracer, weights, batch, generate_batch=rollout_batch)
+        return memory.plan_memory(tracer, weights, batch, training.score_batch_size, rollout_batch)
     card = memory.card_bytes(recipe.gpu)
     plan, evaluated = memory.choose_batches(config, setup, card, optimizer_batch, rollout_batch)
     training.per_device_train_batch_size = plan.train_batch
+    training.score_batch_size = plan.score_batch
     training.per_device_eval_batch_size = evaluated
     training.gradient_accumulation_steps = optimizer_batch // plan.train_batch
     training.steps_per_generation = rollout_batch // plan.train_batch
     print(
         f"--auto_batch on {memory.format_gib(card)} GiB: micro-batches of {plan.train_batch}, "
         f"{training.gradient_accumulation_steps} an optimizer step, {training.steps_per_generation} a rollout batch; "
-        f"evaluation in batches of {evaluated}. Predicted peak {memory.format_gib(plan.allocated)} GiB."
+        f"scoring {plan.score_batch} at a time, evaluation {evaluated}. "
+        f"Predicted peak {memory.format_gib(plan.allocated)} GiB."
     )
     return plan
 

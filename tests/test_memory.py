@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.layout import packed
 from trl_ext import Role, SharedBaseModel
 from trl_ext.memory import (
     LiveBytes,
@@ -147,14 +148,14 @@ def test_what_the_update_keeps_and_peaks_at(architecture, checkpointing):
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    options = {"roles": (Role.POLICY, Role.CRITIC), "completion_length": setup.completion_length}
+    options = {"roles": (Role.POLICY, Role.CRITIC), **packed(ids, mask, setup.completion_length)}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = model(ids, mask, **options)
+        out = model(**options)
     if not checkpointing:  # the hooks of checkpointing take the place of these, and keep its inputs elsewhere
         assert predicted.kept == pytest.approx(sum(saved.values()), rel=0.1)
     del out
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-        out = model(ids, mask, **options)
+        out = model(**options)
         kept = live.now
         (out["logps"].sum() + out["values"].sum()).backward()
     assert predicted.kept == pytest.approx(kept, rel=0.1)

@@ -2,11 +2,12 @@
 
     python tests/benchmarks/bench_ppo.py
 
-Same work for both: a Llama with random weights (hidden 256, 4 layers, vocabulary 8,192), prompts and responses of 64
-tokens, batches of 32, 2 passes over each batch in micro-batches of `--micro_batch`, LoRA r=8 on all linear layers of
-the policy, float32, no gradient checkpointing. TRL's value model is a full model of its own, as its trainer wants it;
-ours is an adapter. TRL 1.12 is installed into a virtual environment of its own (`--trl_env`, made if missing). Each
-trainer runs in a process of its own; the first batch is not timed; the order alternates over `--repeats`.
+Same work for both: a Llama with random weights (hidden 256, 4 layers, vocabulary 8,192), prompts of 64 tokens
+(`--varied`: of 8 to 120), responses of 64, batches of 32, 2 passes over each batch in micro-batches of `--micro_batch`,
+LoRA r=8 on all linear layers of the policy, float32, no gradient checkpointing. TRL's value model is a full model of
+its own, as its trainer wants it; ours is an adapter. TRL 1.12 is installed into a virtual environment of its own
+(`--trl_env`, made if missing). Each trainer runs in a process of its own; the first batch is not timed; the order
+alternates over `--repeats`.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import venv
 from pathlib import Path
 
 PROMPT, RESPONSE, BATCH, PASSES, VOCABULARY = 64, 64, 32, 2, 8192
+SHORTEST, LONGEST = 8, 120
 MIB = 2**20
 
 
@@ -59,14 +61,15 @@ def build(folder: Path) -> None:
     fast.save_pretrained(folder / "base")
 
 
-def prompts(count: int):
-    """Prompts of exactly PROMPT words."""
+def prompts(count: int, varied: bool):
+    """Prompts of exactly PROMPT words, or of SHORTEST to LONGEST, as many on average."""
     import random
 
     from datasets import Dataset
 
     generator = random.Random(0)
-    rows = [" ".join(f"w{generator.randrange(3, VOCABULARY)}" for _ in range(PROMPT)) for _ in range(count)]
+    lengths = [generator.randint(SHORTEST, LONGEST) if varied else PROMPT for _ in range(count)]
+    rows = [" ".join(f"w{generator.randrange(3, VOCABULARY)}" for _ in range(length)) for length in lengths]
     return Dataset.from_dict({"prompt": rows})
 
 
@@ -80,7 +83,7 @@ def report(timed_batches: int, seconds: float, **more) -> None:
     print("RESULT " + json.dumps(figures))
 
 
-def run_ours(folder: Path, batches: int, micro_batch: int) -> None:
+def run_ours(folder: Path, batches: int, micro_batch: int, varied: bool) -> None:
     import torch
     from transformers import TrainerCallback
 
@@ -115,7 +118,7 @@ def run_ours(folder: Path, batches: int, micro_batch: int) -> None:
         disable_tqdm=True,
     )
     clock = Clock()
-    trainer = PPOMaxTrainer(model, args=args, train_dataset=prompts(BATCH * (batches + 1)), callbacks=[clock])
+    trainer = PPOMaxTrainer(model, args=args, train_dataset=prompts(BATCH * (batches + 1), varied), callbacks=[clock])
     trainer.train()
     seconds = time.perf_counter() - clock.started
     phases = {}
@@ -125,7 +128,7 @@ def run_ours(folder: Path, batches: int, micro_batch: int) -> None:
     report(batches, seconds, seconds_per_batch=phases)
 
 
-def run_trl(folder: Path, batches: int, micro_batch: int) -> None:
+def run_trl(folder: Path, batches: int, micro_batch: int, varied: bool) -> None:
     from peft import LoraConfig
     from transformers import (
         AutoModelForCausalLM,
@@ -145,7 +148,7 @@ def run_trl(folder: Path, batches: int, micro_batch: int) -> None:
             self.stopped = time.perf_counter()
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "base", padding_side="left")
-    dataset = prompts(BATCH * (batches + 1)).map(
+    dataset = prompts(BATCH * (batches + 1), varied).map(
         lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]}, remove_columns="prompt"
     )
     args = PPOConfig(
@@ -196,6 +199,7 @@ def child(python: str, what: str, folder: Path, args: argparse.Namespace) -> dic
         environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
     command = [python, __file__, "--child", what, "--folder", str(folder)]
     command += ["--batches", str(args.batches), "--micro_batch", str(args.micro_batch)]
+    command += ["--varied"] if args.varied else []
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     if result.returncode or not lines:
@@ -219,6 +223,7 @@ def trl_python(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=6, help="timed batches of 32 samples")
+    parser.add_argument("--varied", action="store_true", help="prompts of 8 to 120 tokens instead of 64 each")
     parser.add_argument("--micro_batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -228,7 +233,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        {"ours": run_ours, "trl": run_trl}[args.child](args.folder, args.batches, args.micro_batch)
+        {"ours": run_ours, "trl": run_trl}[args.child](args.folder, args.batches, args.micro_batch, args.varied)
         return
 
     pythons = {"ours": sys.executable}

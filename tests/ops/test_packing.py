@@ -147,11 +147,35 @@ def test_results_come_back_in_the_order_of_the_sequences():
         assert (row[~kept] == 0).all()
 
 
+def test_a_response_without_a_token_has_an_empty_row():
+    parts = pack([[[1, 2]], [[3, 4, 5]]], [[2], [1]], PAD)
+    values, mask = by_sequence(parts, [part["targets"] for part in parts])
+    assert (values.tolist(), mask.tolist()) == ([[0, 0], [4, 5]], [[False, False], [True, True]])
+    ends = in_order(parts, [part["input_ids"].flatten()[part["ends"]] for part in parts])
+    assert ends.tolist() == [2, 5]
+    parts = pack([[[1, 2]]], [[2]], PAD)
+    assert by_sequence(parts, [torch.zeros(0)])[0].shape == (1, 0)
+    assert by_sequence(parts, [torch.zeros(0)], (1, 3))[0].tolist() == [[0, 0, 0]]
+
+
+def test_max_tokens_is_respected():
+    groups, starts = random_groups(0, longest=40)
+    sequences = flat(groups)
+    widest = max(map(len, sequences))
+    for limit in (1, widest, 3 * widest):
+        parts = pack(groups, starts, PAD, share=False, max_tokens=limit)
+        for part in parts:
+            assert part["input_ids"].numel() <= limit or len(part["input_ids"]) == 1
+        ends = in_order(parts, [part["input_ids"].flatten()[part["ends"]] for part in parts])
+        assert ends.tolist() == [sequence[-1] for sequence in sequences]
+    assert len(pack(groups, starts, PAD, share=False, max_tokens=1)) == len(sequences)
+
+
 @pytest.mark.parametrize(
     ("groups", "starts", "message"),
     [
         ([[]], [[]], "no sequence"),
-        ([[[1, 2]]], [[2]], "starts at token 2 of a sequence of 2"),
+        ([[[1, 2]]], [[3]], "starts at token 3 of a sequence of 2"),
         ([[[1, 2]]], [[0]], "starts at token 0 of a sequence of 2"),
         ([[[1, 2], [1, 3]]], [[1]], "argument"),
     ],

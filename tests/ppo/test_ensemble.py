@@ -33,13 +33,13 @@ def run(world, folder, *rewards, **options):
     """The trainer after a rollout, and the scores of its completions by each adapter."""
     options |= {"reward_normalization": "none", "reward_clip": None, "max_steps": 1}
     trainer = tiny.trainer(world, folder, model=shared(world, *rewards), **options)
-    members, score = [], trainer.model.score_members
+    members, score = [], trainer.model.score_parts
 
-    def record(*batch):
-        members.append(score(*batch))
+    def record(parts):
+        members.append(score(parts))
         return members[-1]
 
-    trainer.model.score_members = record
+    trainer.model.score_parts = record
     trainer.train()
     return tiny.rollout_entries(trainer)[0], torch.cat(members)
 

@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from transformers.training_args import OptimizerNames
 from trl import ModelConfig
 
+from tests.layout import packed
 from tests.ppo import tiny
 from trl_ext import PPOMaxConfig, RewardModelConfig, Role, RRHFConfig, SharedBaseModel
 from trl_ext.ops import precision
@@ -48,7 +49,7 @@ def outputs(model, role):
     with torch.no_grad():
         if role is Role.REWARD:
             return model.score(ids, torch.ones_like(ids))
-        found = model(ids, torch.ones_like(ids), roles=(role,), completion_length=4)
+        found = model(**packed(ids, torch.ones_like(ids), 4), roles=(role,))
     return found.get("values", found.get("logps", found.get("reference_logps")))
 
 

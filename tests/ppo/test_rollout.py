@@ -77,22 +77,21 @@ def test_chunks_and_padding_change_no_figure(model, batch_size):
         assert not getattr(rollout, name)[rollout.completion_mask == 0].any(), name
 
 
-def test_trimming_gives_the_same_figures_as_not_trimming(model, monkeypatch):
-    trimmed = scored(model, make(), batch_size=1)
-    monkeypatch.setattr(Rollout, "trimmed", lambda self: self)
-    whole = scored(model, make(), batch_size=4)
-    mask = whole.completion_mask.bool()
-    for name in FILLED:
-        torch.testing.assert_close(getattr(trimmed, name)[mask], getattr(whole, name)[mask], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(trimmed.scores, whole.scores, rtol=1e-4, atol=1e-5)
-
-
-def test_a_chunk_has_no_column_that_is_padding_in_all_its_rows():
-    part = make().rows(0, 3)
-    assert part.input_ids.shape == (3, 3 + 4)
-    part = make().rows(2, 3)
-    assert part.prompt_ids.tolist() == [PROMPTS[2]]
-    assert part.completion_ids.tolist() == [COMPLETIONS[2]]
+def test_a_pass_holds_sequences_of_like_length_and_no_more_tokens_than_allowed(model):
+    long, short = [6] * 200, [7]
+    rollout = make([long, short, long, short], [[8] * 100, [8], [8, 9], [8, 9]])
+    shapes = [tuple(part["input_ids"].shape) for part in rollout.parts()]
+    assert shapes == [(2, 300), (2, 3)]  # a further pass would cost more than the 98 columns of padding
+    assert [tuple(part["input_ids"].shape) for part in make().parts(max_tokens=10)] == [(1, 8), (2, 5), (1, 3)]
+    seen = []
+    model.get_base_model().base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"].numel()), with_kwargs=True
+    )
+    scored(model, make(), batch_size=2)
+    assert max(seen) <= 2 * 8
+    seen.clear()
+    scored(model, make(), batch_size=1)
+    assert max(seen) == 8
 
 
 def test_the_policy_that_sampled_is_the_reference_at_first(model):

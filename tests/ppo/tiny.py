@@ -189,8 +189,8 @@ def gradients(trainer: PPOMaxTrainer, rollout: Rollout, steps: int = 1) -> dict[
 
     def give(inputs):
         start = trainer.accelerator.process_index * len(inputs)
-        part = rollout.rows(start, start + len(inputs))
-        return {f: getattr(part, f) for f in UPDATE_FIELDS} | {"num_tokens": trainer._tokens_per_micro_batch(part)}
+        part = {f: getattr(rollout, f)[start : start + len(inputs)] for f in UPDATE_FIELDS}
+        return part | {"num_tokens": trainer._tokens_per_micro_batch(Rollout(**part))}
 
     trainer.add_callback(Record())
     trainer._generate_and_score_completions = give

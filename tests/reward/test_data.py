@@ -272,4 +272,4 @@ def test_every_response_is_run_once(rows, share):
     responses = sum(len(ids) - row["prompt_length"] for row in rows for ids in row["ids"])
     assert sum(len(part["targets"]) for part in parts) == responses
     prompts = sum(row["prompt_length"] * (1 if share else len(row["ids"])) for row in rows)
-    assert sum(int((part["segments"] >= 0).sum()) for part in parts) == responses + prompts
+    assert sum(int(part["attention_mask"].sum()) for part in parts) == responses + prompts

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 from trl.models.utils import unwrap_model_for_generation
 
+from tests.layout import packed
 from trl_ext.roles import Role, SharedBaseModel
 
 NAMES = ("gradient_checkpointing_enable", "activation_checkpointing_enable")
@@ -32,7 +33,7 @@ def _without_deprecations():
 def gradients(model, batch):
     """Of one loss over two passes, under policy and critic, as in PPO: one backward, after both."""
     model.zero_grad()
-    outputs = model(*batch, roles=(Role.POLICY, Role.CRITIC), completion_length=5)
+    outputs = model(**packed(*batch, 5), roles=(Role.POLICY, Role.CRITIC))
     (outputs["logps"].sum() + outputs["values"].square().sum()).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -66,7 +67,7 @@ def test_plain_checkpointing_gives_other_gradients(model, batch):
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     model.get_base_model().disable_input_require_grads()
     model.zero_grad()
-    outputs = model(*batch, roles=(Role.POLICY, Role.CRITIC), completion_length=5)
+    outputs = model(**packed(*batch, 5), roles=(Role.POLICY, Role.CRITIC))
     (outputs["logps"].sum() + outputs["values"].square().sum()).backward()
     off = [
         key

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaModel
 
+from tests.layout import packed
 from trl_ext.roles import AdapterWeights, Role, SharedBaseModel, shared_base_model
 from trl_ext.roles.adapters import write_adapter
 
@@ -29,7 +30,7 @@ def logits(model, batch):
 
 @torch.no_grad()
 def kl_per_token(model, batch):
-    outputs = model(*batch, roles=ALL, completion_length=5)
+    outputs = model(**packed(*batch, 5), roles=ALL)
     return outputs["logps"] - outputs["reference_logps"]
 
 

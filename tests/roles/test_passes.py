@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from tests.layout import packed
 from trl_ext.roles import AdapterWeights, Role, SharedBaseModel
 from trl_ext.roles.passes import head_scaling
 
@@ -39,7 +40,9 @@ def plain_logits(model, ids, role):
 def test_logps_and_entropy_are_those_of_the_logits_over_the_temperature(model, batch, temperature):
     ids, mask = batch
     with torch.no_grad():
-        outputs = model(ids, mask, roles=(Role.POLICY, Role.REFERENCE), completion_length=T, temperature=temperature)
+        outputs = model(
+            **packed(ids, mask, T), roles=(Role.POLICY, Role.REFERENCE), entropy="values", temperature=temperature
+        )
     assert {name: x.shape for name, x in outputs.items()} == dict.fromkeys(outputs, (3, T))
     for i, (row, prompt) in enumerate(unpadded_rows(ids, mask)):
         completion = row[0, prompt:]
@@ -58,7 +61,7 @@ def test_padding_changes_no_value_and_no_score(model, batch):
     ids, mask = batch
     values, scores = model.values(ids, mask), model.score(ids, mask)
     with torch.no_grad():
-        completion_values = model(ids, mask, roles=(Role.CRITIC,), completion_length=T)["values"]
+        completion_values = model(**packed(ids, mask, T), roles=(Role.CRITIC,))["values"]
     assert scores.std() > 0.1
     assert values.std() > 0.1
     for i, (row, prompt) in enumerate(unpadded_rows(ids, mask)):
@@ -94,9 +97,7 @@ def test_the_language_model_loss_is_that_of_transformers(model):
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     labels = ids.masked_fill(mask == 0, -100)
     with torch.no_grad():
-        outputs = model(
-            ids, mask, roles=(Role.CRITIC,), completion_length=3, ptx={"input_ids": ids, "attention_mask": mask}
-        )
+        outputs = model(**packed(ids, mask, 3), roles=(Role.CRITIC,), ptx={"input_ids": ids, "attention_mask": mask})
         expected = model(input_ids=ids, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(outputs["ptx_loss"], expected, **CLOSE)
 
@@ -147,5 +148,5 @@ def test_the_bfloat16_base_keeps_its_dtype(make_base, batch):
     assert isinstance(model.get_base_model(), AutoModelForCausalLM.from_config(model.config).__class__)
     assert model.get_output_embeddings().weight.dtype == torch.bfloat16
     with torch.no_grad():
-        outputs = model(*batch, roles=(Role.POLICY, Role.CRITIC), completion_length=T)
-    assert {x.dtype for x in outputs.values()} == {torch.float32}
+        outputs = model(**packed(*batch, T), roles=(Role.POLICY, Role.CRITIC))
+    assert {outputs[name].dtype for name in ("logps", "values")} == {torch.float32}

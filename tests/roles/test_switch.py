@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.layout import packed
 from trl_ext.roles import Role, SharedBaseModel
 
 
@@ -150,7 +151,7 @@ def test_a_loss_reaches_only_the_adapter_of_its_role(make_base, make_adapter, ba
     reward = make_adapter(base, seed=2, head=True)
     model = SharedBaseModel(base, policy=make_adapter(base), reward=reward).train()
     roles = (Role.POLICY, Role.REFERENCE, Role.CRITIC)
-    outputs = model(*batch, roles=roles, completion_length=5, entropy_grad=True)
+    outputs = model(**packed(*batch, 5), roles=roles, entropy="gradient")
     assert not outputs["reference_logps"].requires_grad
     outputs[term].square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -163,7 +164,7 @@ def test_a_loss_reaches_only_the_adapter_of_its_role(make_base, make_adapter, ba
 def test_a_step_of_the_optimizer_moves_policy_and_critic_and_nothing_else(model, batch):
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameter_groups({Role.POLICY: 0.1, Role.CRITIC: 0.1}))
-    outputs = model(*batch, roles=(Role.POLICY, Role.REFERENCE, Role.CRITIC), completion_length=5)
+    outputs = model(**packed(*batch, 5), roles=(Role.POLICY, Role.REFERENCE, Role.CRITIC))
     (outputs["logps"].sum() + outputs["values"].square().sum()).backward()
     model.score(*batch)
     optimizer.step()
@@ -178,7 +179,7 @@ def test_scoring_between_two_steps_does_not_stop_the_critic(model, batch):
         with model.role(Role.REFERENCE):
             logits(model, batch)
         model.zero_grad()
-        model(*batch, roles=(Role.CRITIC,), completion_length=5)["values"].sum().backward()
+        model(**packed(*batch, 5), roles=(Role.CRITIC,))["values"].sum().backward()
         assert all(p.grad is not None for name, p in model.named_parameters() if owner(name) == "critic")
 
 

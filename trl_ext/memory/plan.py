@@ -6,6 +6,7 @@ from trl_ext.memory.size import format_gib
 from trl_ext.memory.trace import Tracer
 from trl_ext.memory.weights import Setup, Weights
 from trl_ext.ops.logprobs import CHUNK_ELEMENTS, CHUNK_ROWS
+from trl_ext.ops.packing import SCORED_PER_TRAINED
 
 PHASES = ("load", "generate", "score", "update")
 # Outside of PyTorch's allocator: CUDA context, kernels and the libraries' workspaces. A stated constant, not measured.
@@ -151,13 +152,13 @@ def plan_memory(
     Args:
         tracer, weights: Of the model and setup: `Tracer(config, setup)`, `count_weights(config, setup)`.
         train_batch: `per_device_train_batch_size`.
-        score_batch: Sequences scored at a time. Default: `train_batch`, as the trainer does.
+        score_batch: `score_batch_size`. Default: 4 times `train_batch`, as the trainer's.
         generate_batch: Sequences generated at a time: the rollout batch of one process.
 
     Raises:
         ValueError: A batch below 1, or sequences longer than the model's positions.
     """
-    score_batch = train_batch if score_batch is None else score_batch
+    score_batch = SCORED_PER_TRAINED * train_batch if score_batch is None else score_batch
     batches = {"load": 1, "generate": generate_batch, "score": score_batch, "update": train_batch}
     for name, batch in batches.items():
         if batch < 1:

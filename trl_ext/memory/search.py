@@ -9,6 +9,7 @@ from trl_ext.memory.plan import MemoryPlan, phase_of, plan_memory
 from trl_ext.memory.size import format_gib
 from trl_ext.memory.trace import Tracer
 from trl_ext.memory.weights import Setup, Weights, count_weights
+from trl_ext.ops.packing import SCORED_PER_TRAINED
 
 POWERS_OF_TWO = tuple(2**i for i in range(9))  # 1 to 256
 
@@ -58,7 +59,9 @@ def advice(config: Any, plan: MemoryPlan) -> list[tuple[str, int]]:
     changes.append((f"max_completion_length: {half}", {"completion_length": half}, same))
     if train > 1:
         name = "per_device_train_batch_size: 1, with more gradient_accumulation_steps and steps_per_generation"
-        changes.append((name, {}, (1, 1, generate)))
+        changes.append((name, {}, (1, min(score, SCORED_PER_TRAINED), generate)))
+    if score > 1:
+        changes.append((f"score_batch_size: {score // 2}", {}, (train, score // 2, generate)))
     if generate > 1:
         name = f"a rollout batch of {max(generate // 2, 1)} (steps_per_generation)"
         changes.append((name, {}, (train, score, max(generate // 2, 1))))
@@ -94,7 +97,7 @@ def choose_batches(
         rollout_batch: Sequences generated at a time, of one process.
 
     Returns:
-        (the plan with the chosen micro-batch of the update, the evaluation batch).
+        (the plan with the chosen micro-batches of update and scoring, the evaluation batch).
 
     Raises:
         TooSmallError: Not even a micro-batch of 1 fits, or the rollout batch does not.
@@ -104,7 +107,8 @@ def choose_batches(
     train = largest_fit("update", tracer, weights, card, divisors)
     scored = largest_fit("score", tracer, weights, card, POWERS_OF_TWO)
     generated = largest_fit("generate", tracer, weights, card, [*POWERS_OF_TWO, rollout_batch])
-    plan = plan_memory(tracer, weights, max(train, 1), max(min(train, scored), 1), rollout_batch)
+    score = max(min(SCORED_PER_TRAINED * train, scored), 1)
+    plan = plan_memory(tracer, weights, max(train, 1), score, rollout_batch)
     if not plan.fits(card):
         raise TooSmallError(explain(config, plan, card))
     return plan, min(scored, generated, POWERS_OF_TWO[-1])

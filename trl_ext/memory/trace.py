@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from trl_ext.memory.weights import Setup, meta_model, quantised_linears, with_roles
+from trl_ext.ops.packing import Part
 from trl_ext.roles import Role, SharedBaseModel
 
 # Batches that are traced; bytes of others lie on the line through these, because tensors are linear in the batch.
@@ -185,10 +186,9 @@ class Tracer:
 
     def _update(self, model: SharedBaseModel, live: LiveBytes, batch: int) -> int:
         model.train()
-        completion = self.setup.completion_length
-        ids, mask = _batch(batch, self.setup.prompt_length + completion)
+        parts, shape = self._parts(batch)
         with self._autocast():
-            out = model(ids, mask, roles=(Role.POLICY, Role.CRITIC), completion_length=completion)
+            out = model(parts=parts, roles=(Role.POLICY, Role.CRITIC), shape=shape)
         kept = live.now
         trained = [p for p in model.parameters() if p.requires_grad]
         hooks = [p.register_post_accumulate_grad_hook(_drop_grad) for p in trained]
@@ -202,14 +202,11 @@ class Tracer:
     @torch.no_grad()
     def _score(self, model: SharedBaseModel, live: LiveBytes, batch: int) -> int:
         model.eval()
-        completion = self.setup.completion_length
-        ids, mask = _batch(batch, self.setup.prompt_length + completion)
+        parts, shape = self._parts(batch)
         with self._autocast():
-            roles = (Role.POLICY, Role.REFERENCE, Role.CRITIC)
-            model(ids, mask, roles=roles, completion_length=completion)
-        if model.has_role(Role.REWARD):  # `score_members` is called past the autocast of the wrapped forward
-            with model.role(Role.REWARD):
-                model.hidden_states(ids, mask)
+            model(parts=parts, roles=(Role.POLICY, Role.REFERENCE, Role.CRITIC), entropy="values", shape=shape)
+        if model.has_role(Role.REWARD):  # past the autocast of the wrapped forward, as the trainer does
+            model.score_parts(parts)
         return 0
 
     def _prefill(self, model: SharedBaseModel, live: LiveBytes, batch: int) -> int:
@@ -228,6 +225,15 @@ class Tracer:
         return before
 
     # ------------------------------------------------------------------ machinery
+
+    def _parts(self, batch: int) -> tuple[list[Part], tuple[int, int]]:
+        """A part as `ops.packing.pack` makes it, of sequences that are all as long as they may be; and its shape."""
+        completion = self.setup.completion_length
+        ids, mask = _batch(batch, self.setup.prompt_length + completion)
+        sequence, token = torch.zeros(batch, dtype=torch.long), torch.zeros(batch * completion, dtype=torch.long)
+        part = {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "sequences": sequence, "ends": sequence}
+        part |= dict.fromkeys(("targets", "sources", "owners", "columns"), token)
+        return [part], (batch, completion)
 
     def _trace(self, run: Callable[[SharedBaseModel, LiveBytes, int], int], batch: int, depth: int) -> Traced:
         model, mode = self._model(depth)

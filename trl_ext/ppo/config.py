@@ -136,6 +136,13 @@ class PPOMaxConfig(RLOOConfig):
     critic_warmup_steps: int = field(
         default=20, metadata={"help": "Optimizer steps at the start that train the critic only; 0 switches it off."}
     )
+    score_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences of full length scored at a time in a rollout, shorter ones more at a time. Default: 4 "
+            "times `per_device_train_batch_size`, since without gradients a pass needs a fraction of the memory."
+        },
+    )
     critic_warmup_explained_variance: float | None = field(
         default=None,
         metadata={
@@ -219,7 +226,7 @@ class PPOMaxConfig(RLOOConfig):
             "ptx_max_length",
             "max_completion_length",
         )
-        positive_or_none = ("reward_clip", "advantage_clip", "value_clip", "kl_horizon")
+        positive_or_none = ("score_batch_size", "reward_clip", "advantage_clip", "value_clip", "kl_horizon")
         not_negative = (
             "beta",
             "vf_coef",

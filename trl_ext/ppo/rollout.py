@@ -11,6 +11,7 @@ from trl_ext.ops.advantages import gae
 from trl_ext.ops.ensemble import combine_scores
 from trl_ext.ops.kl import kl_estimate
 from trl_ext.ops.masking import masked_whiten
+from trl_ext.ops.packing import Part, pack
 from trl_ext.ppo.rewards import token_rewards
 from trl_ext.roles import Role, SharedBaseModel
 
@@ -68,20 +69,19 @@ class Rollout:
         tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, truncated)
         return cls(*(t.to(device) for t in tensors))
 
-    @property
-    def input_ids(self) -> Tensor:
-        """(B, P + T)"""
-        return torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+    def parts(self, max_tokens: int | None = None) -> list[Part]:
+        """The sequences without padding between prompt and completion, those of like length together.
 
-    @property
-    def attention_mask(self) -> Tensor:
-        """(B, P + T)"""
-        return torch.cat([self.prompt_mask, self.completion_mask], dim=1)
-
-    def rows(self, start: int, stop: int) -> "Rollout":
-        """Some of the sequences, without the columns that are padding in all of them."""
-        part = Rollout(**{f.name: _slice(getattr(self, f.name), start, stop) for f in fields(self)})
-        return part.trimmed()
+        Args:
+            max_tokens: The largest pass, padding included. Default: no limit.
+        """
+        prompts, completions = self.prompt_mask.sum(1).tolist(), self.completion_mask.sum(1).tolist()
+        end = self.prompt_ids.shape[1]
+        rows = zip(torch.cat([self.prompt_ids, self.completion_ids], dim=1).tolist(), prompts, completions, strict=True)
+        sequences = [[row[end - prompt : end + completion]] for row, prompt, completion in rows]
+        parts = pack(sequences, [[n] for n in prompts], pad_token_id=0, share=False, max_tokens=max_tokens)
+        device = self.prompt_ids.device
+        return [{name: tensor.to(device) for name, tensor in part.items()} for part in parts]
 
     def trimmed(self) -> "Rollout":
         """Without the columns that are padding in every row: no pass over them, no memory for them."""
@@ -108,10 +108,6 @@ def _pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tup
     return ids, mask
 
 
-def _slice(value: Any, start: int, stop: int) -> Any:
-    return None if value is None else value[start:stop]
-
-
 @torch.no_grad()
 def score_with_roles(
     model: SharedBaseModel,
@@ -125,27 +121,22 @@ def score_with_roles(
 ) -> None:
     """Fill `logps`, `entropy`, `values`, `reference_logps`, and with a reward role `scores` (and `uncertainty`).
 
-    In chunks of `batch_size` rows, each trimmed to its own longest prompt and completion.
+    In passes over sequences of like length, each of at most `batch_size` times the tokens of the longest one. A pass
+    for each role: rows of several adapters in one pass save nothing, because the weights of the base are read, and
+    dequantised, as often for the same number of tokens (docs/memory.md).
     """
     roles = (Role.POLICY, Role.REFERENCE, Role.CRITIC) if with_reference else (Role.POLICY, Role.CRITIC)
-    count, width = rollout.completion_ids.shape
-    names = ("logps", "entropy", "values", *(("reference_logps",) if with_reference else ()))
-    filled = {name: torch.zeros(count, width, device=rollout.completion_ids.device) for name in names}
-    members = torch.zeros(count, len(model.reward_adapters()), device=rollout.completion_ids.device)
-    for start in range(0, count, batch_size):
-        part = rollout.rows(start, start + batch_size)
-        input_ids, attention_mask = part.input_ids, part.attention_mask
-        length = part.completion_ids.shape[1]
-        outputs = model(input_ids, attention_mask, roles=roles, completion_length=length, temperature=temperature)
-        for name in names:
-            filled[name][start : start + batch_size, :length] = outputs[name].float()
-        if members.shape[1]:
-            members[start : start + batch_size] = model.score_members(input_ids, attention_mask)
-    for name in names:
-        setattr(rollout, name, filled[name])
-    if not members.shape[1]:
+    lengths = rollout.prompt_mask.sum(1) + rollout.completion_mask.sum(1)
+    parts = rollout.parts(max_tokens=batch_size * int(lengths.max()))
+    outputs = model(
+        parts=parts, roles=roles, temperature=temperature, entropy="values", shape=tuple(rollout.completion_ids.shape)
+    )
+    for name in ("logps", "entropy", "values", *(("reference_logps",) if with_reference else ())):
+        setattr(rollout, name, outputs[name].float())
+    if not model.has_role(Role.REWARD):
         rollout.scores = None  # type: ignore[assignment]
         return
+    members = model.score_parts(parts)
     rollout.scores, uncertainty = combine_scores(members, ensemble, ensemble_coef)
     rollout.uncertainty = uncertainty if members.shape[1] > 1 else None
 

@@ -13,6 +13,7 @@ from trl import RLOOTrainer
 
 from trl_ext.cards import write_card
 from trl_ext.ops.guards import check_finite, check_first_kl
+from trl_ext.ops.packing import SCORED_PER_TRAINED
 from trl_ext.ppo import metrics
 from trl_ext.ppo.card import model_card
 from trl_ext.ppo.checks import check_inputs, reward_list
@@ -156,15 +157,16 @@ class PPOMaxTrainer(RLOOTrainer):
             prompt_ids, completion_ids, completions = self._generate(prompts)
         pad, device = self._tokenizer.pad_token_id, self.accelerator.device
         rollout = Rollout.from_ids(prompt_ids, completion_ids, self.eos_token_ids, pad, device)
-        tokens = int(rollout.attention_mask.sum())
+        tokens = int(rollout.prompt_mask.sum() + rollout.completion_mask.sum())
         timer.tokens["generate"] = int(rollout.completion_mask.sum())
 
         # 2. Policy, reference, critic and reward role
+        scored_at_once = args.score_batch_size or SCORED_PER_TRAINED * args.per_device_train_batch_size
         with timer.phase("score", tokens):
             score_with_roles(
                 self.model,
                 rollout,
-                batch_size=args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
+                batch_size=scored_at_once if training else args.per_device_eval_batch_size,
                 temperature=self.temperature,
                 with_reference=self.beta != 0,
                 ensemble=args.reward_ensemble,
@@ -229,12 +231,11 @@ class PPOMaxTrainer(RLOOTrainer):
             # 1. One pass per role, inside one call of the wrapped module
             warming_up = self.ppo_state.in_warmup(self.state.global_step)
             outputs = model(
-                batch.input_ids,
-                batch.attention_mask,
+                parts=batch.parts(),
                 roles=(Role.CRITIC,) if warming_up else (Role.POLICY, Role.CRITIC),
-                completion_length=batch.completion_ids.shape[1],
                 temperature=self.temperature,
-                entropy_grad=args.entropy_coef > 0,
+                entropy="gradient" if args.entropy_coef > 0 else None,
+                shape=tuple(batch.completion_ids.shape),
                 ptx=None if self._ptx is None or warming_up else self._next_ptx(),
             )
 

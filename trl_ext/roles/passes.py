@@ -1,12 +1,13 @@
 """Forward passes by role: log-probabilities, values, scores. Nothing here knows which adapter is where."""
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trl_ext.ops.logprobs import token_logprobs
-from trl_ext.ops.packing import Part, by_sequence
+from trl_ext.ops.packing import Part, by_sequence, in_order
 from trl_ext.roles.adapters import RewardScale
 from trl_ext.roles.packed import packed_hidden_states
 from trl_ext.roles.role import Role, RoleSwitch
@@ -48,82 +49,63 @@ class RolePasses:
     def forward(
         self, input_ids: Any = None, attention_mask: Any = None, *, roles: Any = None, parts: Any = None, **kwargs: Any
     ) -> Any:
-        """As a plain `PeftModel` when `roles` is None; else one pass per role, in this single call.
+        """As a plain `PeftModel` without `parts`; else the passes of the roles over them, in this single call.
 
         A single call matters under DistributedDataParallel: a second forward outside the wrapped one breaks its
         bookkeeping of which gradients are ready.
 
         Args:
-            input_ids: (B, L), prompts padded left, completions padded right.
-            attention_mask: (B, L).
+            input_ids, attention_mask: As in `PeftModelForCausalLM`, when `parts` is None.
+            parts: N responses to prompts, from `ops.packing.pack`.
             roles: Subset of (Role.POLICY, Role.REFERENCE, Role.CRITIC).
-            parts: Responses laid out by `ops.packing.pack`, instead of `input_ids`; with policy and reference only.
-                Then the result holds `logps` and `reference_logps` as asked, one row per response from column 0 on,
-                and their `mask`.
-            kwargs: With `roles`: `completion_length` (T, the last T columns are the completion), `temperature`,
-                `entropy_grad`, and `ptx` (a batch with `input_ids` and `attention_mask` for the language-model loss).
+            kwargs: With `parts`: `temperature`; `entropy` ("values" or "gradient", with which it can be trained);
+                `shape` (N, T) of the results (default: the number of responses and the longest); and `ptx` (a batch
+                with `input_ids` and `attention_mask` for the language-model loss).
 
         Returns:
-            `dict` with, as asked: `logps` (B, T) of the policy, zero on padding; its `entropy` (B, T), where no
-            gradient is recorded or `entropy_grad` asks for one; `reference_logps` (B, T); `values` (B, T), of the
-            state before each completion token; `ptx_loss`, a scalar.
+            `dict` with the `mask` of the response tokens, (N, T), each response from column 0 on; and as asked, (N, T)
+            each and zero elsewhere: `logps` of the policy, its `entropy`, `reference_logps`, the critic's `values` of
+            the state before each token; `ptx_loss`, a scalar.
         """
-        if roles is None:
+        if parts is None:
             return super().forward(input_ids, attention_mask, **kwargs)  # type: ignore[misc]
-        if parts is not None:
-            return self._forward_packed(parts, tuple(roles), **kwargs)
-        return self._forward_roles(input_ids, attention_mask, tuple(roles), **kwargs)
+        return self._forward_packed(parts, tuple(map(Role, roles)), **kwargs)
 
     def _forward_packed(
-        self, parts: list[Part], roles: tuple[Role, ...], *, temperature: float = 1.0
-    ) -> dict[str, torch.Tensor]:
-        outputs: dict[str, torch.Tensor] = {}
-        backbone = self.get_base_model().base_model
-        for role in map(Role, roles):
-            if role not in (Role.POLICY, Role.REFERENCE):
-                raise ValueError(f"roles={roles}: packed responses have policy and reference passes only.")
-            per_token = []
-            with self.role(role), torch.set_grad_enabled(torch.is_grad_enabled() and role is Role.POLICY):
-                for part in parts:
-                    hidden = packed_hidden_states(backbone, part)[part["sources"]]
-                    per_token.append(self._logprobs(hidden, part["targets"], temperature, False, False)[0])
-            name = "logps" if role is Role.POLICY else "reference_logps"
-            outputs[name], outputs["mask"] = by_sequence(parts, per_token)
-        return outputs
-
-    def _forward_roles(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        parts: list[Part],
         roles: tuple[Role, ...],
         *,
-        completion_length: int,
         temperature: float = 1.0,
-        entropy_grad: bool = False,
+        entropy: str | None = None,
+        shape: tuple[int, int] | None = None,
         ptx: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        if Role.REWARD in roles or not 0 < completion_length < input_ids.shape[1]:
+        if Role.REWARD in roles or entropy not in (None, "values", "gradient"):
             raise ValueError(
-                f"roles={roles} and completion_length={completion_length} do not fit {input_ids.shape[1]} columns: "
-                "leave out the reward role (use `score`), and keep at least one prompt column."
+                f"roles={roles}, entropy={entropy!r}: the reward role is read by `score_members`, and entropy is None, "
+                "'values' or 'gradient'."
             )
         outputs: dict[str, torch.Tensor] = {}
-        targets = input_ids[:, -completion_length:]
-        mask = attention_mask[:, -completion_length:].bool()
-        for role in map(Role, roles):
-            with self.role(role):
-                hidden = self.hidden_states(input_ids, attention_mask)[:, -completion_length - 1 : -1]
-                if role is Role.CRITIC:
-                    outputs["values"] = self.heads["critic"](hidden)
-                    continue
-                is_policy = role is Role.POLICY
-                needs_entropy = is_policy and (entropy_grad or not torch.is_grad_enabled())
-                logps, entropy = self._logprobs(
-                    hidden[mask], targets[mask], temperature, needs_entropy, entropy_grad and is_policy
-                )
-            outputs["logps" if is_policy else "reference_logps"] = _scatter(logps, mask)
-            if needs_entropy:
-                outputs["entropy"] = _scatter(entropy, mask)
+        backbone = self.get_base_model().base_model
+        names = {Role.POLICY: "logps", Role.REFERENCE: "reference_logps", Role.CRITIC: "values"}
+        for role in roles:
+            per_token, entropies = [], []
+            wanted = entropy if role is Role.POLICY else None
+            with self.role(role), torch.set_grad_enabled(torch.is_grad_enabled() and role is not Role.REFERENCE):
+                for part in parts:
+                    hidden = packed_hidden_states(backbone, part)[part["sources"]]
+                    if role is Role.CRITIC:
+                        per_token.append(self.heads["critic"](hidden))
+                        continue
+                    logps, nats = self._logprobs(
+                        hidden, part["targets"], temperature, wanted is not None, wanted == "gradient"
+                    )
+                    per_token.append(logps)
+                    entropies.append(nats)
+            outputs[names[role]], outputs["mask"] = by_sequence(parts, per_token, shape)
+            if wanted is not None:
+                outputs["entropy"], _ = by_sequence(parts, entropies, shape)
         if ptx is not None:
             with self.role(Role.POLICY):
                 hidden = self.hidden_states(ptx["input_ids"], ptx["attention_mask"])[:, :-1]
@@ -197,11 +179,23 @@ class RolePasses:
         _check_batch(input_ids, attention_mask)
         columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         last = (attention_mask * columns).argmax(-1)
-        rows, scores = torch.arange(len(last), device=last.device), []
+        rows = torch.arange(len(last), device=last.device)
+        return self._members(lambda: self.hidden_states(input_ids, attention_mask)[rows, last])
+
+    @torch.no_grad()
+    def score_parts(self, parts: list[Part]) -> torch.Tensor:
+        """`score_members` of sequences laid out by `ops.packing.pack`, (N, K)."""
+        backbone = self.get_base_model().base_model
+        return self._members(
+            lambda: in_order(parts, [packed_hidden_states(backbone, part)[part["ends"]] for part in parts])
+        )
+
+    def _members(self, last_states: Callable[[], torch.Tensor]) -> torch.Tensor:
+        scores = []
         with self.role(Role.REWARD):
             for name in self.reward_adapters():
                 self._activate(Role.REWARD, name)
-                score = self.heads[name](self.hidden_states(input_ids, attention_mask)[rows, last])
+                score = self.heads[name](last_states())
                 scale = self.reward_scales.get(name)
                 scores.append(score if scale is None else (score - scale.mean) / scale.std)
         return torch.stack(scores, dim=-1)
@@ -216,11 +210,6 @@ class RolePasses:
         _check_batch(input_ids, attention_mask)
         with self.role(Role.CRITIC):
             return self.heads["critic"](self.hidden_states(input_ids, attention_mask))
-
-
-def _scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(N,) values at the N ones of a (B, T) mask -> (B, T), zero elsewhere."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
 def _check_batch(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
