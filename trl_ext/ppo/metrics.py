@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from trl_ext.ops.masking import masked_mean_var
@@ -34,8 +35,12 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
-        """Time a block. CUDA runs behind, so wait for it at both ends."""
+        """Time a block that begins with no memory cached: another phase's blocks have other sizes.
+
+        CUDA runs behind, so wait for it at both ends.
+        """
         _synchronize()
+        clear_device_cache()
         start = time.perf_counter()
         yield
         _synchronize()
@@ -44,6 +49,7 @@ class PhaseTimer:
     def start_update(self, tokens: int) -> None:
         """The update follows the rollout and ends with its last optimizer step, before an evaluation or a save."""
         _synchronize()
+        clear_device_cache()
         self._update = tokens, time.perf_counter()
 
     def end_update(self) -> None:
