@@ -135,6 +135,16 @@ def test_disable_adapter_is_refused(model):
     assert state(model) == before
 
 
+def test_merge_adapter_is_refused_since_it_changes_what_the_other_roles_compute(model, batch):
+    before, scores = state(model), model.score(*batch)
+    with pytest.raises(RuntimeError, match=r"base that all roles share.*merge_and_unload there"):
+        model.merge_adapter()
+    assert state(model) == before
+    assert torch.equal(model.score(*batch), scores)
+    model.base_model.merge_adapter()  # what PEFT would have done
+    assert not torch.allclose(model.score(*batch), scores, atol=1e-3)
+
+
 def test_parameter_groups_hold_each_trained_parameter_once(model):
     groups = model.parameter_groups({Role.POLICY: 1e-3, Role.CRITIC: 3e-3}, weight_decay=0.1)
     assert [(g["role"], g["lr"], g["weight_decay"]) for g in groups] == [("policy", 1e-3, 0.1), ("critic", 3e-3, 0.1)]

@@ -32,12 +32,13 @@ from trl_ext.roles.base import keep_trainable, load_base, load_base_config
 from trl_ext.roles.checkpointing import RoleCheckpointing
 from trl_ext.roles.folders import RoleFolders
 from trl_ext.roles.folding import fold
+from trl_ext.roles.generation import RoleGeneration
 from trl_ext.roles.heads import ScalarHead
 from trl_ext.roles.passes import RolePasses
 from trl_ext.roles.role import TRAINED, Role, RoleSwitch
 
 
-class SharedBaseModel(RolePasses, RoleFolders, RoleCheckpointing, PeftModelForCausalLM):  # type: ignore[misc]
+class SharedBaseModel(RolePasses, RoleGeneration, RoleFolders, RoleCheckpointing, PeftModelForCausalLM):  # type: ignore[misc]
     """One frozen base with an adapter per role; a `PeftModel` whose "default" adapter is the policy.
 
     Args:
@@ -290,6 +291,18 @@ class SharedBaseModel(RolePasses, RoleFolders, RoleCheckpointing, PeftModelForCa
             RuntimeError: Always.
         """
         raise RuntimeError("use `with model.role(Role.REFERENCE)`: disable_adapter would freeze the other roles.")
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: every role would compute on the merged base, and taking the adapter out again leaves rounding in it.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            "merge_adapter would change the base that all roles share, and unmerging would not bring it back: it "
+            "rounds, and quantises a 4-bit base anew. To merge the policy, save it, load it with "
+            "AutoPeftModelForCausalLM, and call merge_and_unload there."
+        )
 
     # ------------------------------------------------------------------ training
 
