@@ -116,6 +116,7 @@ def judge(trainer: Any, recipe: Any, prompts: Any, judges: list[Path], base: str
     from transformers import AutoTokenizer
 
     from trl_ext import Role, SharedBaseModel
+    from trl_ext.ppo.generation import complete
 
     rows = prompts.select(range(min(recipe.judged_prompts, len(prompts))))["prompt"]
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -127,7 +128,7 @@ def judge(trainer: Any, recipe: Any, prompts: Any, judges: list[Path], base: str
             batch = rows[start : start + 32]
             with trainer.model.role(role), torch.random.fork_rng():
                 torch.manual_seed(trainer.args.seed + start)
-                _, completions, _ = trainer._generate(batch)
+                _, completions, _ = complete(trainer, batch)
             prompt_ids = [tokenizer.apply_chat_template(p, tokenize=True, return_dict=False) for p in batch]
             ids = [[*p, *c] for p, c in zip(prompt_ids, completions, strict=True)]
             padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="right")

@@ -156,10 +156,12 @@ def sample_completions(trainer: Any, prompts: list[Any], seed: int) -> list[str]
     """One completion per prompt, with a seed of its own, so that before and after differ by the policy alone."""
     import torch
 
+    from trl_ext.ppo.generation import complete
+
     devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        _, ids, _ = trainer._generate(prompts)
+        _, ids, _ = complete(trainer, prompts)
     trainer._metrics["train"].clear()
     return [text.strip() for text in trainer.processing_class.batch_decode(ids, skip_special_tokens=True)]
 

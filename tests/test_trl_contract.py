@@ -8,6 +8,7 @@ import ast
 import inspect
 import json
 import textwrap
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState, TrainerControl
 from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import rloo_trainer
 from trl.trainer.utils import RepeatSampler, shuffle_sequence_dict, split_tensor_dict
 
@@ -226,6 +228,48 @@ def test_the_names_that_carry_over_have_the_meaning_that_they_had():
         assert hasattr(config, name), name
     assert config.beta == 0.05
     assert config.num_iterations == 1
+
+
+# ------------------------------------------------------------------ generation
+
+ENGINE = {"num_blocks": 8, "page_size": 8, "max_batch_tokens": 32}
+
+
+def test_continuous_batching_casts_the_model_by_the_arguments_and_leaves_it_in_training_mode(tmp_path):
+    """`ppo.generation.complete` hides the two arguments and puts the mode back."""
+    trainer = rloo(
+        tmp_path,
+        Recorder,
+        bf16=True,
+        use_transformers_continuous_batching=True,
+        transformers_continuous_batching_config=ENGINE,
+    )
+    trainer.model.eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.args, "bf16", False)
+        trainer._generate(["w3 w4", "w5"])
+    assert trainer.model.training
+    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+    assert torch.bfloat16 not in {tensor.dtype for tensor in tensors}
+    trainer._generate(["w3 w4", "w5"])
+    assert {tensor.dtype for tensor in [*trainer.model.parameters(), *trainer.model.buffers()]} == {torch.bfloat16}
+    source = inspect.getsource(RLOOTrainer)
+    assert source.count("args.bf16") == source.count("args.fp16") == 1
+
+
+def test_vllm_is_sent_the_base_with_the_adapter_merged_and_all_that_is_no_lora(tmp_path):
+    """The reason that `use_vllm` is refused. Once TRL sends adapters instead, look at `PPOMaxConfig` again."""
+    sync = VLLMGeneration.__new__(VLLMGeneration)
+    sync.model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    sync.model.heads = torch.nn.ModuleDict({"critic": torch.nn.Linear(16, 1, bias=False)})
+    sync._dist = SimpleNamespace(gather_params=lambda parameters: nullcontext(), is_fsdp=False)
+    base = sync.model.get_base_model().model.layers[0].self_attn.q_proj
+    before = base.get_base_layer().weight.clone()
+    sent = {name: tensor.clone() for name, tensor in sync._iter_named_params()}
+    assert "heads.critic.weight" in sent
+    assert not any("lora" in name for name in sent)
+    merged = before + base.get_delta_weight("default")
+    assert torch.allclose(sent["model.layers.0.self_attn.q_proj.weight"], merged, atol=1e-6)
 
 
 # ------------------------------------------------------------------ construction

@@ -53,6 +53,38 @@ def outputs(model, role):
     return found.get("values", found.get("logps", found.get("reference_logps")))
 
 
+@pytest.mark.parametrize(
+    "path",
+    [{"use_transformers_continuous_batching": True}, {"per_device_generate_batch_size": 1}],
+    ids=["continuous batching", "one at a time"],
+)
+def test_the_policy_generates_from_its_adapter_and_the_base_is_left_alone(world_4bit, tmp_path, path):
+    trainer = run(world_4bit, tmp_path, max_steps=2, generation_kwargs={"do_sample": False}, **path)
+    packed = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.dtype == torch.uint8}
+    trainer.train()
+    assert packed
+    assert all(torch.equal(packed[name], p) for name, p in trainer.model.named_parameters() if name in packed)
+    plain = run(world_4bit, tmp_path, max_steps=2, generation_kwargs={"do_sample": False})
+    plain.train()
+    for entry, expected in zip(tiny.rollout_entries(trainer), tiny.rollout_entries(plain), strict=True):
+        for name in ("completions/mean_length", "perplexity", "reward", "kl"):
+            assert entry[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4)
+
+
+def test_merging_and_unmerging_the_policy_would_move_the_reference(world_4bit):
+    """Why vLLM is refused: TRL does both at each sync."""
+    model = four_roles(world_4bit)
+    before = outputs(model, Role.REFERENCE)
+    with pytest.raises(RuntimeError, match="quantises a 4-bit base anew"):
+        model.merge_adapter()
+    assert torch.equal(outputs(model, Role.REFERENCE), before)
+    with pytest.warns(UserWarning, match="4-bit linear"):
+        model.base_model.merge_adapter()
+    with pytest.warns(UserWarning, match="4-bit linear"):
+        model.base_model.unmerge_adapter()
+    assert (outputs(model, Role.REFERENCE) - before).abs().max() > 0.01
+
+
 def test_a_run_trains_two_roles_keeps_two_and_its_first_kl_is_zero(world_4bit, tmp_path):
     trainer = run(world_4bit, tmp_path, max_steps=3, gradient_checkpointing=True)
     layers = [m for m in trainer.model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "quant_state")]

@@ -19,6 +19,8 @@ REWARD_NORMALIZATIONS = ("norm", "scale", "none")
 KL_CONTROLS = ("fixed", "adaptive", "penalty")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 HORIZON_IN_BATCHES = 20
+# Of `generation_kwargs`, what transformers' continuous batching applies
+CONTINUOUS_BATCHING_KWARGS = {"do_sample", "max_new_tokens", "min_p", "temperature", "top_k", "top_p"}
 DEFAULT_OPTIM: Any = RLOOConfig.__dataclass_fields__["optim"].default
 
 
@@ -51,6 +53,15 @@ class PPOMaxConfig(RLOOConfig):
     )
     normalize_advantages: bool = field(
         default=True, metadata={"help": "Whiten the advantages over the response tokens of the rollout batch."}
+    )
+
+    # Generation
+    per_device_generate_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions that one call of `generate` samples at a time: the KV cache is as large as this and "
+            "not as the rollout batch. Default: the whole rollout batch at once."
+        },
     )
 
     # Reward
@@ -165,6 +176,7 @@ class PPOMaxConfig(RLOOConfig):
                 raise
         self._check_numbers()
         self._check_choices()
+        self._check_generation()
         if self.critic_learning_rate is None:
             self.critic_learning_rate = 3 * self.learning_rate
         if self.kl_horizon is None:
@@ -191,7 +203,13 @@ class PPOMaxConfig(RLOOConfig):
                 "use missing_eos_penalty; a masked completion would leave its critic untrained",
             ),
             "sync_ref_model": (self.sync_ref_model, "the reference is the frozen starting policy"),
-            "use_vllm": (self.use_vllm, "generation with vLLM is not supported yet; use transformers"),
+            "use_vllm": (
+                self.use_vllm,
+                "TRL gives vLLM the policy by merging its adapter into the base that all roles share, and unmerging "
+                "rounds, or quantises a 4-bit base anew: the reference would move at each sync. It would also send "
+                "the critic's head, and 4-bit weights as they are packed, which no vLLM model has. Use transformers' "
+                "generate (the default) or use_transformers_continuous_batching=True",
+            ),
             "router_aux_loss_coef": (self.router_aux_loss_coef, "the auxiliary loss of experts is not supported"),
             "use_liger_kernel": (self.use_liger_kernel, "it replaces the forward passes of the roles"),
             "restore_callback_states_from_checkpoint": (
@@ -217,6 +235,29 @@ class PPOMaxConfig(RLOOConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}, so that a pass over the rollout "
                 "batch is a whole number of optimizer steps."
             )
+
+    def _check_generation(self) -> None:
+        """What continuous batching would leave out, with no more than a line in its log."""
+        if not self.use_transformers_continuous_batching:
+            return
+        other = sorted(set(self.generation_kwargs or {}) - CONTINUOUS_BATCHING_KWARGS)
+        options: Any = self.transformers_continuous_batching_config or {}
+        left_out: dict[str, tuple[Any, str]] = {
+            "repetition_penalty": (None if self.repetition_penalty == 1 else self.repetition_penalty, "set it to 1"),
+            "cache_implementation": (self.cache_implementation, "leave it out; the engine has a cache of its own"),
+            "generation_kwargs": (other, f"give no others than {', '.join(sorted(CONTINUOUS_BATCHING_KWARGS))}"),
+            "per_device_generate_batch_size": (
+                self.per_device_generate_batch_size,
+                "use transformers_continuous_batching_config={'max_requests_per_batch': ...}",
+            ),
+            "transformers_continuous_batching_config['seed']": (
+                options.get("seed"),
+                "leave it out: every rollout batch would be sampled with the same random numbers. `seed` governs them",
+            ),
+        }
+        for name, (value, remedy) in left_out.items():
+            if value not in (None, []):
+                raise ValueError(f"{name}={value!r} does not go with use_transformers_continuous_batching: {remedy}.")
 
     def _check_numbers(self) -> None:
         positive = (
@@ -250,6 +291,9 @@ class PPOMaxConfig(RLOOConfig):
                 continue
             if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a number of at least 0.")
+        rows = self.per_device_generate_batch_size
+        if rows is not None and (not isinstance(rows, int) or rows < 1):
+            raise ValueError(f"per_device_generate_batch_size={rows!r} must be a whole number of at least 1, or null.")
         for name in ("gamma", "gae_lambda", "value_lambda"):
             value = getattr(self, name)
             if not (value is None and name == "value_lambda") and not 0 <= value <= 1:

@@ -18,6 +18,7 @@ from trl_ext.ppo import metrics
 from trl_ext.ppo.card import model_card
 from trl_ext.ppo.checks import check_inputs, reward_list
 from trl_ext.ppo.config import PPOMaxConfig
+from trl_ext.ppo.generation import complete
 from trl_ext.ppo.losses import policy_loss, value_loss
 from trl_ext.ppo.ptx import PTXBatches
 from trl_ext.ppo.rewards import shape_scores, weighted_scores
@@ -106,6 +107,8 @@ class PPOMaxTrainer(RLOOTrainer):
         set_seed(args.seed)
         model = shared_base_model(model, peft_config, quantization_config, **init_kwargs)
         args.choose_optim(quantised=getattr(model.get_base_model(), "is_quantized", False))
+        if args.use_transformers_continuous_batching:
+            model.check_continuous_batching()
 
         # 3. TRL's loop. What it does to the adapters on the way is undone.
         with model.protected():
@@ -154,7 +157,7 @@ class PPOMaxTrainer(RLOOTrainer):
         # 1. Completions, by TRL's generation
         prompts = [row["prompt"] for row in inputs]
         with timer.phase("generate"):
-            prompt_ids, completion_ids, completions = self._generate(prompts)
+            prompt_ids, completion_ids, completions = complete(self, prompts)
         pad, device = self._tokenizer.pad_token_id, self.accelerator.device
         rollout = Rollout.from_ids(prompt_ids, completion_ids, self.eos_token_ids, pad, device)
         tokens = int(rollout.prompt_mask.sum() + rollout.completion_mask.sum())
