@@ -25,7 +25,10 @@ class PlanArguments:
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches in an optimizer step."})
     steps_per_generation: int | None = field(
         default=None,
-        metadata={"help": "Micro-batches in a rollout batch, which is generated at once. Default: as accumulation."},
+        metadata={"help": "Micro-batches in a rollout batch. Default: as accumulation."},
+    )
+    per_device_generate_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions generated at a time. Default: the whole rollout batch."}
     )
     gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations in backward."})
     bf16: bool = field(default=True, metadata={"help": "Train under autocast, as on a card; false for pure float32."})
@@ -174,21 +177,27 @@ def plan_of_run(recipe: Any, training: Any, model_args: Any, dataset: Any) -> An
         setup = replace(setup, lora=read_adapter(recipe.policy_adapter, "policy_adapter").config)
     batch = training.per_device_train_batch_size
     optimizer_batch, rollout_batch = batch * training.gradient_accumulation_steps, batch * training.steps_per_generation
+    at_once = min(training.per_device_generate_batch_size or rollout_batch, rollout_batch)
+    continuous = training.use_transformers_continuous_batching  # bounds its cache by the memory that it finds free
+    at_once = 1 if continuous else at_once
     if not recipe.auto_batch:
         tracer, weights = memory.Tracer(config, setup), memory.count_weights(config, setup)
-        return memory.plan_memory(tracer, weights, batch, training.score_batch_size, rollout_batch)
+        return memory.plan_memory(tracer, weights, batch, training.per_device_score_batch_size, at_once)
     card = memory.card_bytes(recipe.gpu)
-    plan, evaluated = memory.choose_batches(config, setup, card, optimizer_batch, rollout_batch)
+    plan, evaluated = memory.choose_batches(config, setup, card, optimizer_batch, at_once)
     training.per_device_train_batch_size = plan.train_batch
-    training.score_batch_size = plan.score_batch
+    training.per_device_score_batch_size = plan.score_batch
     training.per_device_eval_batch_size = evaluated
     training.gradient_accumulation_steps = optimizer_batch // plan.train_batch
     training.steps_per_generation = rollout_batch // plan.train_batch
+    if plan.generate_batch < rollout_batch and not continuous:
+        training.per_device_generate_batch_size = plan.generate_batch
+    generated = "by continuous batching" if continuous else f"{plan.generate_batch} at a time"
     print(
         f"--auto_batch on {memory.format_gib(card)} GiB: micro-batches of {plan.train_batch}, "
-        f"{training.gradient_accumulation_steps} an optimizer step, {training.steps_per_generation} a rollout batch; "
-        f"scoring {plan.score_batch} at a time, evaluation {evaluated}. "
-        f"Predicted peak {memory.format_gib(plan.allocated)} GiB."
+        f"{training.gradient_accumulation_steps} an optimizer step, {training.steps_per_generation} a rollout batch, "
+        f"generated {generated}, scored {plan.score_batch} at a time; evaluation in batches of {evaluated}. Predicted "
+        f"peak {memory.format_gib(plan.allocated)} GiB."
     )
     return plan
 
@@ -215,7 +224,8 @@ def main(arguments: list[str] | None = None) -> None:
     tracer, weights = memory.Tracer(config, setup), memory.count_weights(config, setup)
     per_rollout = args.steps_per_generation or args.gradient_accumulation_steps
     train = args.per_device_train_batch_size
-    plan = memory.plan_memory(tracer, weights, train, generate_batch=train * per_rollout)
+    generate = min(args.per_device_generate_batch_size or train * per_rollout, train * per_rollout)
+    plan = memory.plan_memory(tracer, weights, train, generate_batch=generate)
 
     gib = memory.format_gib
     print(

@@ -224,6 +224,18 @@ def test_chosen_batches_fit_and_divide_the_optimizer_batch(planned):
     assert evaluated >= plan.train_batch
 
 
+def test_a_rollout_batch_whose_cache_does_not_fit_is_generated_in_parts(planned):
+    config, tracer, weights = planned
+    card = plan_memory(tracer, weights, 1, generate_batch=64).needed
+    rollout = 2048
+    assert not plan_memory(tracer, weights, 1, generate_batch=rollout).fits(card)
+    plan, evaluated = choose_batches(config, FLOAT32, card, optimizer_batch=1, rollout_batch=rollout)
+    assert plan.fits(card)
+    assert 64 <= plan.generate_batch < rollout
+    assert evaluated <= plan.generate_batch
+    assert not plan_memory(tracer, weights, 1, generate_batch=2 * plan.generate_batch).fits(card)
+
+
 def test_a_card_too_small_says_what_is_missing_and_what_would_help(planned):
     config, *_ = planned
     with pytest.raises(TooSmallError, match=r"missing(.|\n)*load_in_4bit: true: (.|\n)*a smaller model"):

@@ -61,9 +61,9 @@ def advice(config: Any, plan: MemoryPlan) -> list[tuple[str, int]]:
         name = "per_device_train_batch_size: 1, with more gradient_accumulation_steps and steps_per_generation"
         changes.append((name, {}, (1, min(score, SCORED_PER_TRAINED), generate)))
     if score > 1:
-        changes.append((f"score_batch_size: {score // 2}", {}, (train, score // 2, generate)))
+        changes.append((f"per_device_score_batch_size: {score // 2}", {}, (train, score // 2, generate)))
     if generate > 1:
-        name = f"a rollout batch of {max(generate // 2, 1)} (steps_per_generation)"
+        name = f"per_device_generate_batch_size: {max(generate // 2, 1)}"
         changes.append((name, {}, (train, score, max(generate // 2, 1))))
     worst = max(plan.phases, key=lambda phase: plan.phases[phase].needed)
     found = []
@@ -94,21 +94,23 @@ def choose_batches(
         setup: Of the run.
         card: Bytes.
         optimizer_batch: Sequences in an optimizer step, of one process; the micro-batch will divide it.
-        rollout_batch: Sequences generated at a time, of one process.
+        rollout_batch: Sequences in a rollout batch, of one process; they are generated in parts if their KV cache does
+            not fit.
 
     Returns:
-        (the plan with the chosen micro-batches of update and scoring, the evaluation batch).
+        (the plan with the micro-batch of the update, and `score_batch` and `generate_batch`, which are
+        `per_device_score_batch_size` and `per_device_generate_batch_size` of `PPOMaxConfig`; the evaluation batch).
 
     Raises:
-        TooSmallError: Not even a micro-batch of 1 fits, or the rollout batch does not.
+        TooSmallError: Not even batches of 1 fit.
     """
     tracer, weights = Tracer(config, setup), count_weights(config, setup)
     divisors = [size for size in range(1, optimizer_batch + 1) if optimizer_batch % size == 0]
     train = largest_fit("update", tracer, weights, card, divisors)
     scored = largest_fit("score", tracer, weights, card, POWERS_OF_TWO)
     generated = largest_fit("generate", tracer, weights, card, [*POWERS_OF_TWO, rollout_batch])
-    score = max(min(SCORED_PER_TRAINED * train, scored), 1)
-    plan = plan_memory(tracer, weights, max(train, 1), score, rollout_batch)
+    score, at_once = max(min(SCORED_PER_TRAINED * train, scored), 1), max(min(generated, rollout_batch), 1)
+    plan = plan_memory(tracer, weights, max(train, 1), score, at_once)
     if not plan.fits(card):
         raise TooSmallError(explain(config, plan, card))
     return plan, min(scored, generated, POWERS_OF_TWO[-1])
