@@ -102,7 +102,7 @@ def test_precision_and_mode_come_back_after_an_error(world, tmp_path, monkeypatc
         raise RuntimeError("no memory is left")
 
     monkeypatch.setattr(trainer.model.get_base_model(), "forward", forward)
-    with pytest.raises(RuntimeError, match="lost 4 of 4 completions: no memory is left"):
+    with pytest.raises(RuntimeError, match="lost 4 of 4 completions"):
         complete(trainer, list(tiny.prompts(4)["prompt"]))
     assert (trainer.args.bf16, trainer.args.fp16, trainer.model.training) == (True, False, False)
     assert trainer.model._rows_at_a_time is None
