@@ -152,7 +152,7 @@ def plan_memory(
     Args:
         tracer, weights: Of the model and setup: `Tracer(config, setup)`, `count_weights(config, setup)`.
         train_batch: `per_device_train_batch_size`.
-        score_batch: `score_batch_size`. Default: 4 times `train_batch`, as the trainer's.
+        score_batch: `per_device_score_batch_size`. Default: 4 times `train_batch`, as the trainer's.
         generate_batch: Sequences generated at a time: the rollout batch of one process.
 
     Raises:

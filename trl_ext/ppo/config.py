@@ -147,7 +147,7 @@ class PPOMaxConfig(RLOOConfig):
     critic_warmup_steps: int = field(
         default=20, metadata={"help": "Optimizer steps at the start that train the critic only; 0 switches it off."}
     )
-    score_batch_size: int | None = field(
+    per_device_score_batch_size: int | None = field(
         default=None,
         metadata={
             "help": "Sequences of full length scored at a time in a rollout, shorter ones more at a time. Default: 4 "
@@ -267,7 +267,7 @@ class PPOMaxConfig(RLOOConfig):
             "ptx_max_length",
             "max_completion_length",
         )
-        positive_or_none = ("score_batch_size", "reward_clip", "advantage_clip", "value_clip", "kl_horizon")
+        positive_or_none = ("per_device_score_batch_size", "reward_clip", "advantage_clip", "value_clip", "kl_horizon")
         not_negative = (
             "beta",
             "vf_coef",

@@ -164,7 +164,7 @@ class PPOMaxTrainer(RLOOTrainer):
         timer.tokens["generate"] = int(rollout.completion_mask.sum())
 
         # 2. Policy, reference, critic and reward role
-        scored_at_once = args.score_batch_size or SCORED_PER_TRAINED * args.per_device_train_batch_size
+        scored_at_once = args.per_device_score_batch_size or SCORED_PER_TRAINED * args.per_device_train_batch_size
         with timer.phase("score", tokens):
             score_with_roles(
                 self.model,
