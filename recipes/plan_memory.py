@@ -30,6 +30,9 @@ class PlanArguments:
     per_device_generate_batch_size: int | None = field(
         default=None, metadata={"help": "Completions generated at a time. Default: the whole rollout batch."}
     )
+    per_device_score_batch_size: int | None = field(
+        default=None, metadata={"help": "Sequences scored at a time. Default: 2 times the micro-batch."}
+    )
     gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations in backward."})
     bf16: bool = field(default=True, metadata={"help": "Train under autocast, as on a card; false for pure float32."})
     optim: str = field(default="paged_adamw_8bit", metadata={"help": "Optimizer."})
@@ -177,14 +180,14 @@ def plan_of_run(recipe: Any, training: Any, model_args: Any, dataset: Any) -> An
         setup = replace(setup, lora=read_adapter(recipe.policy_adapter, "policy_adapter").config)
     batch = training.per_device_train_batch_size
     optimizer_batch, rollout_batch = batch * training.gradient_accumulation_steps, batch * training.steps_per_generation
-    at_once = min(training.per_device_generate_batch_size or rollout_batch, rollout_batch)
     continuous = training.use_transformers_continuous_batching  # bounds its cache by the memory that it finds free
-    at_once = 1 if continuous else at_once
+    at_once = 1 if continuous else training.per_device_generate_batch_size
+    scored = training.per_device_score_batch_size
     if not recipe.auto_batch:
         tracer, weights = memory.Tracer(config, setup), memory.count_weights(config, setup)
-        return memory.plan_memory(tracer, weights, batch, training.per_device_score_batch_size, at_once)
+        return memory.plan_memory(tracer, weights, batch, rollout_batch, scored, at_once)
     card = memory.card_bytes(recipe.gpu)
-    plan, evaluated = memory.choose_batches(config, setup, card, optimizer_batch, at_once)
+    plan, evaluated = memory.choose_batches(config, setup, card, optimizer_batch, rollout_batch, scored, at_once)
     training.per_device_train_batch_size = plan.train_batch
     training.per_device_score_batch_size = plan.score_batch
     training.per_device_eval_batch_size = evaluated
@@ -224,8 +227,8 @@ def main(arguments: list[str] | None = None) -> None:
     tracer, weights = memory.Tracer(config, setup), memory.count_weights(config, setup)
     per_rollout = args.steps_per_generation or args.gradient_accumulation_steps
     train = args.per_device_train_batch_size
-    generate = min(args.per_device_generate_batch_size or train * per_rollout, train * per_rollout)
-    plan = memory.plan_memory(tracer, weights, train, generate_batch=generate)
+    at_once = args.per_device_score_batch_size, args.per_device_generate_batch_size
+    plan = memory.plan_memory(tracer, weights, train, train * per_rollout, *at_once)
 
     gib = memory.format_gib
     print(

@@ -64,8 +64,8 @@ class RecipeArguments:
     auto_batch: bool = field(
         default=False,
         metadata={
-            "help": "Choose micro-batch, accumulation, generated sequences at a time and evaluation batch for the card "
-            "by the memory plan; the sequences in an optimizer step and in a rollout batch stay."
+            "help": "Choose micro-batch, accumulation, evaluation batch, and how many sequences are generated and "
+            "scored at a time, for the card by the memory plan; those in an optimizer step and in a rollout batch stay."
         },
     )
     gpu: str = field(default="auto", metadata={"help": "Size of the card for --auto_batch, as in 24GB."})

@@ -20,9 +20,9 @@ ALLOWED = {
     "roles": {"ops"},
     "data": {"ops"},
     "toy": {"ops", "roles", "data"},
-    "ppo": {"ops", "roles", "data", "cards"},
-    "reward": {"ops", "roles", "data", "cards"},
-    "rrhf": {"ops", "roles", "data", "cards"},
+    "ppo": {"ops", "roles", "data", "cards", "runs"},
+    "reward": {"ops", "roles", "data", "cards", "runs"},
+    "rrhf": {"ops", "roles", "data", "cards", "runs"},
     "memory": {"ops", "roles"},
 }
 METHODS = ("ppo", "reward", "rrhf")

@@ -202,13 +202,13 @@ def planned():
 
 def test_phases_add_up_and_grow_with_the_batch(planned):
     _, tracer, weights = planned
-    plan = plan_memory(tracer, weights, 4, generate_batch=8)
+    plan = plan_memory(tracer, weights, 4, rollout_batch=8)
     update = plan.phases["update"]
     parts = update.base + update.adapters + update.heads + update.optimizer + update.gradients
     assert update.allocated == parts + update.kept + update.working
     assert update.needed == update.allocated + update.fragmentation + update.context
     assert plan.allocated == max(phase.allocated for phase in plan.phases.values())
-    assert plan_memory(tracer, weights, 8, generate_batch=8).phases["update"].needed > update.needed
+    assert plan_memory(tracer, weights, 8, rollout_batch=8).phases["update"].needed > update.needed
     largest = largest_batches(tracer, weights, plan.needed)
     assert largest["update"] >= 4 or largest["generate"] >= 8
     assert min(largest.values()) >= 4
@@ -216,7 +216,7 @@ def test_phases_add_up_and_grow_with_the_batch(planned):
 
 def test_chosen_batches_fit_and_divide_the_optimizer_batch(planned):
     config, tracer, weights = planned
-    card = plan_memory(tracer, weights, 5, generate_batch=24).needed
+    card = plan_memory(tracer, weights, 5, rollout_batch=24).needed
     plan, evaluated = choose_batches(config, FLOAT32, card, optimizer_batch=24, rollout_batch=24)
     assert plan.fits(card)
     assert 24 % plan.train_batch == 0
@@ -226,14 +226,14 @@ def test_chosen_batches_fit_and_divide_the_optimizer_batch(planned):
 
 def test_a_rollout_batch_whose_cache_does_not_fit_is_generated_in_parts(planned):
     config, tracer, weights = planned
-    card = plan_memory(tracer, weights, 1, generate_batch=64).needed
+    card = plan_memory(tracer, weights, 1, rollout_batch=64).needed
     rollout = 2048
-    assert not plan_memory(tracer, weights, 1, generate_batch=rollout).fits(card)
+    assert not plan_memory(tracer, weights, 1, rollout_batch=rollout).fits(card)
     plan, evaluated = choose_batches(config, FLOAT32, card, optimizer_batch=1, rollout_batch=rollout)
     assert plan.fits(card)
     assert 64 <= plan.generate_batch < rollout
     assert evaluated <= plan.generate_batch
-    assert not plan_memory(tracer, weights, 1, generate_batch=2 * plan.generate_batch).fits(card)
+    assert not plan_memory(tracer, weights, 1, rollout_batch=2 * plan.generate_batch).fits(card)
 
 
 def test_a_card_too_small_says_what_is_missing_and_what_would_help(planned):
@@ -250,7 +250,7 @@ def test_bad_setups_are_refused(planned, tmp_path):
         Setup(adapters=(Role.POLICY,))
     with pytest.raises(ValueError, match="completion_length=0"):
         Setup(completion_length=0)
-    with pytest.raises(ValueError, match="batch of phase score is 0"):
+    with pytest.raises(ValueError, match="batch of phase generate is 0"):
         plan_memory(tracer, weights, 0)
     with pytest.raises(ValueError, match="has no configuration"):
         load_config(str(tmp_path))

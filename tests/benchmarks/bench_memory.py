@@ -262,6 +262,7 @@ def run_ours(args: argparse.Namespace) -> dict:
         per_device_train_batch_size=plan.train_batch,
         gradient_accumulation_steps=args.rollout // plan.train_batch,
         per_device_generate_batch_size=plan.generate_batch,
+        per_device_score_batch_size=plan.score_batch,
         num_iterations=args.passes,
         max_completion_length=length,
         generation_kwargs={"min_new_tokens": length},

@@ -49,6 +49,8 @@ def test_the_defaults_are_those_of_ppo_max(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
     [
+        ("per_device_score_batch_size", 1.5, "whole number of at least 1"),
+        ("per_device_score_batch_size", 0, "whole number of at least 1"),
         ("reward_clip", -0.8, "above 0; null .None. switches it off"),
         ("reward_clip", 0, "above 0; null .None. switches it off"),
         ("value_clip", 0.0, "above 0; null .None. switches it off"),

@@ -12,7 +12,7 @@ from trl import ModelConfig
 
 from tests.layout import packed
 from tests.ppo import tiny
-from trl_ext import PPOMaxConfig, RewardModelConfig, Role, RRHFConfig, SharedBaseModel
+from trl_ext import PPOMaxConfig, RewardModelConfig, Role, RRHFConfig, SharedBaseModel, runs
 from trl_ext.ops import precision
 from trl_ext.ops.precision import best_dtype
 from trl_ext.ppo import config as config_module
@@ -60,10 +60,10 @@ def outputs(model, role):
 )
 def test_the_policy_generates_from_its_adapter_and_the_base_is_left_alone(world_4bit, tmp_path, path):
     trainer = run(world_4bit, tmp_path, max_steps=2, generation_kwargs={"do_sample": False}, **path)
-    packed = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.dtype == torch.uint8}
+    quantised = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.dtype == torch.uint8}
     trainer.train()
-    assert packed
-    assert all(torch.equal(packed[name], p) for name, p in trainer.model.named_parameters() if name in packed)
+    assert quantised
+    assert all(torch.equal(quantised[name], p) for name, p in trainer.model.named_parameters() if name in quantised)
     plain = run(world_4bit, tmp_path, max_steps=2, generation_kwargs={"do_sample": False})
     plain.train()
     for entry, expected in zip(tiny.rollout_entries(trainer), tiny.rollout_entries(plain), strict=True):
@@ -205,7 +205,7 @@ def test_the_best_dtype_of_a_card(monkeypatch, has_card, has_bf16, use_cpu, expe
 )
 @pytest.mark.parametrize("config", [PPOMaxConfig, RRHFConfig, RewardModelConfig])
 def test_mixed_precision_is_what_the_card_has_unless_given(monkeypatch, tmp_path, config, best, given, bf16, fp16):
-    monkeypatch.setattr(precision, "best_dtype", {True: best}.__getitem__)  # of use_cpu, which is True below
+    monkeypatch.setattr(runs, "best_dtype", {True: best}.__getitem__)  # of use_cpu, which is True below
     args = config(str(tmp_path), report_to="none", use_cpu=True, **given)
     assert (args.bf16, args.fp16) == (bf16, fp16)
 

@@ -1,11 +1,12 @@
 """A rollout's masks come from lengths, and its figures do not depend on padding or chunks."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
 from tests.ppo import tiny
 from trl_ext import Role
-from trl_ext.ppo import rollout as rollout_module
 from trl_ext.ppo.rollout import Rollout, add_advantages, add_kl_and_rewards, score_with_roles
 
 EOS, END = 1, 5
@@ -171,7 +172,7 @@ def test_every_field_has_its_shape(model):
     shapes = dict.fromkeys((*FILLED, "kl", "rewards", "advantages", "returns", "completion_ids"), (4, 4))
     shapes |= {"scores": (4,), "shaped_scores": (4,), "truncated": (4,), "prompt_ids": (4, 5), "prompt_mask": (4, 5)}
     assert rollout.uncertainty is None, "one reward adapter is no ensemble"
-    for field in rollout_module.fields(Rollout):
+    for field in fields(Rollout):
         if field.name == "uncertainty":
             continue
         assert getattr(rollout, field.name).shape == shapes.get(field.name, (4, 4)), field.name

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.ppo import tiny
 from trl_ext import Role, SharedBaseModel
+from trl_ext.ppo.rollout import Rollout
 
 # DESIGN section 4, "Logged every step", with TRL's names where TRL has them
 LOGGED = [
@@ -191,6 +192,23 @@ def test_logged_figures_agree_with_each_other(world, tmp_path):
         assert entry["learning_rate/critic"] == pytest.approx(2 * entry["learning_rate/policy"])
         assert entry["perplexity"] > 1
         assert abs(entry["reward_shaped"]) <= 0.8
+
+
+@pytest.mark.parametrize(("options", "sequences"), [({}, 4), ({"per_device_score_batch_size": 1}, 1)])
+def test_scoring_takes_as_many_sequences_at_a_time_as_the_option_says(world, tmp_path, options, sequences):
+    trainer = tiny.trainer(world, tmp_path, max_steps=1, per_device_train_batch_size=2, **options)
+    asked = []
+    original = Rollout.parts
+
+    def parts(self, max_tokens=None):
+        asked.append((max_tokens, int((self.prompt_mask.sum(1) + self.completion_mask.sum(1)).max())))
+        return original(self, max_tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rollout, "parts", parts)
+        trainer.train()
+    limit, longest = asked[0]  # what comes later is the update's
+    assert limit == sequences * longest
 
 
 def test_the_perplexity_is_that_of_the_sampled_tokens(world, tmp_path):

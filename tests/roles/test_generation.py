@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from tests.layout import packed
 from trl_ext.roles import Role, SharedBaseModel
 from trl_ext.roles.generation import CPU_BATCH_TOKENS, fitted
 
@@ -55,7 +56,7 @@ def own_logprobs(model, role, prompt, completion):
     """Of the tokens of one completion, alone and without padding."""
     ids = torch.tensor([[*prompt, *completion]])
     with torch.no_grad():
-        found = model(ids, torch.ones_like(ids), roles=(role,), completion_length=len(completion))
+        found = model(**packed(ids, torch.ones_like(ids), len(completion)), roles=(role,))
     return found["logps" if role is Role.POLICY else "reference_logps"][0]
 
 

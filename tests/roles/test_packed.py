@@ -116,8 +116,10 @@ def test_roles_are_those_asked_for_and_the_reference_has_no_gradient(make_base, 
         moved = model(parts=parts, roles=(Role.POLICY, Role.REFERENCE))
     assert torch.equal(moved["reference_logps"], both["reference_logps"])
     assert not torch.allclose(moved["logps"], both["logps"], atol=0.01)
-    with pytest.raises(ValueError, match="read by `score_members`"):
+    with pytest.raises(ValueError, match="use `score_parts`"):
         model(parts=parts, roles=(Role.REWARD,))
+    with pytest.raises(ValueError, match="need both"):
+        model(torch.ones(1, 2, dtype=torch.long), roles=(Role.POLICY,))
     with pytest.raises(ValueError, match="entropy=True"):
         model(parts=parts, roles=(Role.POLICY,), entropy=True)
 

@@ -145,20 +145,28 @@ def phase_of(name: str, tracer: Tracer, weights: Weights, batch: int) -> Phase:
 
 
 def plan_memory(
-    tracer: Tracer, weights: Weights, train_batch: int, score_batch: int | None = None, generate_batch: int = 1
+    tracer: Tracer,
+    weights: Weights,
+    train_batch: int,
+    rollout_batch: int | None = None,
+    score_batch: int | None = None,
+    generate_batch: int | None = None,
 ) -> MemoryPlan:
     """Plan an iteration.
 
     Args:
         tracer, weights: Of the model and setup: `Tracer(config, setup)`, `count_weights(config, setup)`.
         train_batch: `per_device_train_batch_size`.
-        score_batch: `per_device_score_batch_size`. Default: 4 times `train_batch`, as the trainer's.
-        generate_batch: Sequences generated at a time: the rollout batch of one process.
+        rollout_batch: Sequences in a rollout batch of one process. Default: `train_batch`.
+        score_batch: `per_device_score_batch_size`. Default: as the trainer's.
+        generate_batch: `per_device_generate_batch_size`. Default: the rollout batch.
 
     Raises:
         ValueError: A batch below 1, or sequences longer than the model's positions.
     """
-    score_batch = SCORED_PER_TRAINED * train_batch if score_batch is None else score_batch
+    rollout_batch = train_batch if rollout_batch is None else rollout_batch
+    score_batch = min(SCORED_PER_TRAINED * train_batch if score_batch is None else score_batch, rollout_batch)
+    generate_batch = rollout_batch if generate_batch is None else min(generate_batch, rollout_batch)
     batches = {"load": 1, "generate": generate_batch, "score": score_batch, "update": train_batch}
     for name, batch in batches.items():
         if batch < 1:
@@ -179,5 +187,5 @@ def plan_memory(
         score_batch=score_batch,
         generate_batch=generate_batch,
         phases={name: phase_of(name, tracer, weights, batches[name]) for name in PHASES},
-        logits_tile=logits_tile(setup, text.vocab_size, train_batch * setup.completion_length),
+        logits_tile=logits_tile(setup, text.vocab_size, max(train_batch, score_batch) * setup.completion_length),
     )

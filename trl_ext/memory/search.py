@@ -85,7 +85,13 @@ def explain(config: Any, plan: MemoryPlan, card: int) -> str:
 
 
 def choose_batches(
-    config: Any, setup: Setup, card: int, optimizer_batch: int, rollout_batch: int
+    config: Any,
+    setup: Setup,
+    card: int,
+    optimizer_batch: int,
+    rollout_batch: int,
+    score_batch: int | None = None,
+    generate_batch: int | None = None,
 ) -> tuple[MemoryPlan, int]:
     """Micro-batches for a card, with the batches that learning depends on left as they are.
 
@@ -94,23 +100,24 @@ def choose_batches(
         setup: Of the run.
         card: Bytes.
         optimizer_batch: Sequences in an optimizer step, of one process; the micro-batch will divide it.
-        rollout_batch: Sequences in a rollout batch, of one process; they are generated in parts if their KV cache does
-            not fit.
+        rollout_batch: Sequences in a rollout batch, of one process.
+        score_batch, generate_batch: At most so many of them at a time. Default: as `plan_memory`.
 
     Returns:
-        (the plan with the micro-batch of the update, and `score_batch` and `generate_batch`, which are
-        `per_device_score_batch_size` and `per_device_generate_batch_size` of `PPOMaxConfig`; the evaluation batch).
+        (the plan, whose `train_batch`, `score_batch` and `generate_batch` are the options `per_device_*_batch_size` of
+        `PPOMaxConfig`; the evaluation batch).
 
     Raises:
         TooSmallError: Not even batches of 1 fit.
     """
     tracer, weights = Tracer(config, setup), count_weights(config, setup)
     divisors = [size for size in range(1, optimizer_batch + 1) if optimizer_batch % size == 0]
-    train = largest_fit("update", tracer, weights, card, divisors)
+    train = max(largest_fit("update", tracer, weights, card, divisors), 1)
     scored = largest_fit("score", tracer, weights, card, POWERS_OF_TWO)
     generated = largest_fit("generate", tracer, weights, card, [*POWERS_OF_TWO, rollout_batch])
-    score, at_once = max(min(SCORED_PER_TRAINED * train, scored), 1), max(min(generated, rollout_batch), 1)
-    plan = plan_memory(tracer, weights, max(train, 1), score, at_once)
+    score = max(min(score_batch or SCORED_PER_TRAINED * train, scored), 1)
+    generate = max(min(generate_batch or rollout_batch, generated), 1)
+    plan = plan_memory(tracer, weights, train, rollout_batch, score, generate)
     if not plan.fits(card):
         raise TooSmallError(explain(config, plan, card))
     return plan, min(scored, generated, POWERS_OF_TWO[-1])

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Sequences in a pass that records no gradients, for each in one that does; its memory is less all the same.
-SCORED_PER_TRAINED = 4
+# Sequences scored in one pass, for each one in a micro-batch of the update; that needs no more memory (docs/memory.md)
+SCORED_PER_TRAINED = 2
 PART_OVERHEAD = 256  # tokens that a further pass of the model is worth: fewer of padding are not worth one
 
 Part = dict[str, Tensor]

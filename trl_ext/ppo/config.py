@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from trl import RLOOConfig
 
 from trl_ext.ops.ensemble import ENSEMBLE_MODES
-from trl_ext.ops.precision import choose_mixed_precision
+from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
 REWARD_NORMALIZATIONS = ("norm", "scale", "none")
 KL_CONTROLS = ("fixed", "adaptive", "penalty")
@@ -35,6 +35,7 @@ class PPOMaxConfig(RLOOConfig):
     """
 
     # Fields of the parents with other defaults
+    bf16: bool | None = field(default=None, metadata={"help": BF16_HELP})  # type: ignore[assignment]
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the policy's adapter."})
     optim: OptimizerNames | str | None = field(  # type: ignore[assignment]
         default=None,
@@ -61,6 +62,15 @@ class PPOMaxConfig(RLOOConfig):
         metadata={
             "help": "Completions that one call of `generate` samples at a time: the KV cache is as large as this and "
             "not as the rollout batch. Default: the whole rollout batch at once."
+        },
+    )
+
+    # Scoring
+    per_device_score_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences of full length that a pass of the rollout scores, shorter ones more. Default: 2 times "
+            "`per_device_train_batch_size`, because without gradients a pass keeps less."
         },
     )
 
@@ -146,13 +156,6 @@ class PPOMaxConfig(RLOOConfig):
     )
     critic_warmup_steps: int = field(
         default=20, metadata={"help": "Optimizer steps at the start that train the critic only; 0 switches it off."}
-    )
-    per_device_score_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Sequences of full length scored at a time in a rollout, shorter ones more at a time. Default: 4 "
-            "times `per_device_train_batch_size`, since without gradients a pass needs a fraction of the memory."
-        },
     )
     critic_warmup_explained_variance: float | None = field(
         default=None,
@@ -267,7 +270,7 @@ class PPOMaxConfig(RLOOConfig):
             "ptx_max_length",
             "max_completion_length",
         )
-        positive_or_none = ("per_device_score_batch_size", "reward_clip", "advantage_clip", "value_clip", "kl_horizon")
+        positive_or_none = ("reward_clip", "advantage_clip", "value_clip", "kl_horizon")
         not_negative = (
             "beta",
             "vf_coef",
@@ -291,9 +294,10 @@ class PPOMaxConfig(RLOOConfig):
                 continue
             if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a number of at least 0.")
-        rows = self.per_device_generate_batch_size
-        if rows is not None and (not isinstance(rows, int) or rows < 1):
-            raise ValueError(f"per_device_generate_batch_size={rows!r} must be a whole number of at least 1, or null.")
+        for name in ("per_device_generate_batch_size", "per_device_score_batch_size"):
+            rows = getattr(self, name)
+            if rows is not None and (not isinstance(rows, int) or rows < 1):
+                raise ValueError(f"{name}={rows!r} must be a whole number of at least 1, or null.")
         for name in ("gamma", "gae_lambda", "value_lambda"):
             value = getattr(self, name)
             if not (value is None and name == "value_lambda") and not 0 <= value <= 1:

@@ -35,7 +35,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
-        """Time a block that begins with no memory cached: another phase's blocks have other sizes.
+        """Time some code. What the last phase cached is given back first: its tensors have other sizes.
 
         CUDA runs behind, so wait for it at both ends.
         """

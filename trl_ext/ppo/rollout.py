@@ -1,7 +1,7 @@
 """One rollout batch, from token ids to advantages. Every stage is a function; the record between them is `Rollout`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Rollout:
     prompt_mask: Tensor  # (B, P) int
     completion_ids: Tensor  # (B, T) int, padded right
     completion_mask: Tensor  # (B, T) int
-    truncated: Tensor  # (B,) bool, cut by the length limit: no end-of-sequence token
+    truncated: Tensor = NOT_YET  # (B,) bool, cut by the length limit: no end-of-sequence token
     logps: Tensor = NOT_YET  # (B, T) of the sampled tokens under the policy that sampled them
     entropy: Tensor = NOT_YET  # (B, T) nats
     reference_logps: Tensor | None = None  # (B, T) under the reference; None when beta is 0
@@ -83,19 +83,6 @@ class Rollout:
         device = self.prompt_ids.device
         return [{name: tensor.to(device) for name, tensor in part.items()} for part in parts]
 
-    def trimmed(self) -> "Rollout":
-        """Without the columns that are padding in every row: no pass over them, no memory for them."""
-        prompt = max(int(self.prompt_mask.sum(1).max()), 1)
-        completion = max(int(self.completion_mask.sum(1).max()), 1)
-        cut: dict[str, Tensor | None] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value is None or value.ndim == 1:
-                cut[f.name] = value
-            else:
-                cut[f.name] = value[:, -prompt:] if f.name.startswith("prompt") else value[:, :completion]
-        return Rollout(**cut)  # type: ignore[arg-type]
-
 
 def _pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
     width = max(1, *(len(row) for row in rows))
@@ -121,9 +108,8 @@ def score_with_roles(
 ) -> None:
     """Fill `logps`, `entropy`, `values`, `reference_logps`, and with a reward role `scores` (and `uncertainty`).
 
-    In passes over sequences of like length, each of at most `batch_size` times the tokens of the longest one. A pass
-    for each role: rows of several adapters in one pass save nothing, because the weights of the base are read, and
-    dequantised, as often for the same number of tokens (docs/memory.md).
+    In passes over sequences of like length, each of at most `batch_size` times the tokens of the longest one. Each role
+    has its own: rows of several adapters in one pass were slower (docs/memory.md, "One pass, several roles").
     """
     roles = (Role.POLICY, Role.REFERENCE, Role.CRITIC) if with_reference else (Role.POLICY, Role.CRITIC)
     lengths = rollout.prompt_mask.sum(1) + rollout.completion_mask.sum(1)

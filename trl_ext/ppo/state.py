@@ -7,10 +7,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from trl_ext.ops.guards import check_finite
 from trl_ext.ops.kl import AdaptiveKL, FixedKL, KLController, PenaltyKL
 from trl_ext.ops.moments import RunningMoments
 from trl_ext.roles import Role
+from trl_ext.runs import check_finite
 
 if TYPE_CHECKING:
     from trl_ext.ppo.config import PPOMaxConfig

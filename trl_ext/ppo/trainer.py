@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Pre
 from trl import RLOOTrainer
 
 from trl_ext.cards import write_card
-from trl_ext.ops.guards import check_finite, check_first_kl
 from trl_ext.ops.packing import SCORED_PER_TRAINED
 from trl_ext.ppo import metrics
 from trl_ext.ppo.card import model_card
@@ -26,6 +25,7 @@ from trl_ext.ppo.rollout import Rollout, add_advantages, add_kl_and_rewards, sco
 from trl_ext.ppo.samples import log_samples, log_what_functions_report
 from trl_ext.ppo.state import PPOState, PPOStateCallback
 from trl_ext.roles import Role, SharedBaseModel, load_base_config, max_positions, shared_base_model
+from trl_ext.runs import check_finite, check_first_kl, check_not_sharded
 
 RewardFunction = str | PreTrainedModel | Callable[..., Any]
 AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Any]
@@ -35,7 +35,6 @@ UPDATE_FIELDS = (
     "prompt_mask",
     "completion_ids",
     "completion_mask",
-    "truncated",
     "logps",
     "values",
     "advantages",
@@ -123,6 +122,7 @@ class PPOMaxTrainer(RLOOTrainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
+        check_not_sharded(self.accelerator)
         metrics.warn_about_off_policy_sampling(args)
 
         # 4. What PPO adds
@@ -225,7 +225,7 @@ class PPOMaxTrainer(RLOOTrainer):
         """Clipped policy loss + vf_coef * clipped value loss (- entropy) (+ language-model loss)."""
         args = self.args
         num_tokens = inputs["num_tokens"]
-        batch = Rollout(**{name: inputs[name] for name in UPDATE_FIELDS}).trimmed()
+        batch = Rollout(**{name: inputs[name] for name in UPDATE_FIELDS})
         mask = batch.completion_mask.bool()
         if not self.model.training:  # nothing has moved since the rollout: the losses at ratio 1, without a pass
             warming_up = False

@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import RewardConfig
 
-from trl_ext.ops.precision import choose_mixed_precision
+from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
 SMOOTHED = ("all", "suspected")
 
@@ -18,6 +18,7 @@ class RewardModelConfig(RewardConfig):
     `center_rewards_coefficient` and `max_length`. Without any of ours set, the loss is the plain pairwise one.
     """
 
+    bf16: bool | None = field(default=None, metadata={"help": BF16_HELP})  # type: ignore[assignment]
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Stays off: the collator needs the columns that tokenizing has made."}
     )

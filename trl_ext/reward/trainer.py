@@ -26,7 +26,6 @@ from trl import RewardTrainer
 
 from trl_ext.cards import write_card
 from trl_ext.data import ConversionReport
-from trl_ext.ops.guards import check_finite
 from trl_ext.reward.card import model_card
 from trl_ext.reward.config import RewardModelConfig
 from trl_ext.reward.data import TRAINING, overlap, prepare_tokenizer, tokenize_preferences
@@ -34,6 +33,7 @@ from trl_ext.reward.losses import centering_losses, imitation_loss, pair_losses
 from trl_ext.reward.metrics import evaluate_pairs
 from trl_ext.reward.scoring import make_collator, response_lengths, score_batches
 from trl_ext.roles import RewardModel, RewardScale, load_base
+from trl_ext.runs import check_finite, check_not_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,7 @@ class RewardModelTrainer(RewardTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_not_sharded(self.accelerator)
         for parameter, data in trained.items():  # which it casts to bfloat16 on a 4-bit base
             parameter.data = data.to(parameter.device)
         self.evaluation: dict[str, Any] = {}

@@ -43,7 +43,6 @@ class RolePasses:
         def role(self, role: Role) -> RoleSwitch: ...
         def reward_adapters(self) -> list[str]: ...
         def _activate(self, role: Role, name: str | None = None) -> None: ...
-        def has_role(self, role: Role) -> bool: ...
         def get_base_model(self) -> Any: ...
 
     def forward(
@@ -67,6 +66,8 @@ class RolePasses:
             each and zero elsewhere: `logps` of the policy, its `entropy`, `reference_logps`, the critic's `values` of
             the state before each token; `ptx_loss`, a scalar.
         """
+        if (parts is None) != (roles is None):
+            raise ValueError(f"roles={roles}, parts={parts}: the passes of roles need both, a plain one neither.")
         if parts is None:
             return super().forward(input_ids, attention_mask, **kwargs)  # type: ignore[misc]
         return self._forward_packed(parts, tuple(map(Role, roles)), **kwargs)
@@ -83,8 +84,8 @@ class RolePasses:
     ) -> dict[str, torch.Tensor]:
         if Role.REWARD in roles or entropy not in (None, "values", "gradient"):
             raise ValueError(
-                f"roles={roles}, entropy={entropy!r}: the reward role is read by `score_members`, and entropy is None, "
-                "'values' or 'gradient'."
+                f"roles={roles}, entropy={entropy!r}: use `score_parts` for the reward role; entropy is None, 'values' "
+                "or 'gradient'."
             )
         outputs: dict[str, torch.Tensor] = {}
         backbone = self.get_base_model().base_model

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from trl_ext.ops.precision import choose_mixed_precision
+from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
 
 @dataclass
@@ -25,10 +25,7 @@ class RRHFConfig(TrainingArguments):
     gradient_checkpointing: bool = field(
         default=True, metadata={"help": "Recompute activations in backward: less memory, some time."}
     )
-    bf16: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Compute in bfloat16. Default, with fp16 unset: where the GPU has it; others get fp16."},
-    )
+    bf16: bool | None = field(default=None, metadata={"help": BF16_HELP})  # type: ignore[assignment]
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: reward functions read the dataset's other columns."}
     )

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from trl_ext.cards import write_card
-from trl_ext.ops.guards import check_finite, check_first_kl
 from trl_ext.roles import (
     Role,
     SharedBaseModel,
@@ -29,6 +28,7 @@ from trl_ext.rrhf.data import Counts, check_tokenizer, collate, encode_dataset, 
 from trl_ext.rrhf.losses import best_response_loss, rank_loss, reference_kl_loss, sequence_scores
 from trl_ext.rrhf.online import OnlineSampler, SaveBetweenResamplings
 from trl_ext.rrhf.scoring import RewardFunction
+from trl_ext.runs import check_finite, check_first_kl, check_not_sharded
 
 
 class RRHFTrainer(Trainer):
@@ -117,6 +117,8 @@ class RRHFTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+
+        check_not_sharded(self.accelerator)
 
         # 4. What RRHF adds
         if self.optimizer is None:

@@ -1,11 +1,13 @@
 """The guards: what passes, and what the error says."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
-from trl_ext.ops.guards import check_finite, check_first_kl
+from trl_ext.runs import check_finite, check_first_kl, check_not_sharded
 
 
 def terms(**values):
@@ -31,3 +33,19 @@ def test_the_first_kl_is_zero_or_an_error():
     check_first_kl(logps, torch.tensor([[-1.0, -2.0]]))
     with pytest.raises(RuntimeError, match=r"differ from the reference's by up to 0\.5: "):
         check_first_kl(logps, torch.tensor([[-1.0, -1.5]]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "refused"),
+    [("NO", None, 0), ("MULTI_GPU", None, 0), ("FSDP", None, 1), ("DEEPSPEED", 2, 0), ("DEEPSPEED", 3, 1)],
+)
+def test_a_base_split_over_processes_is_refused(kind, stage, refused):
+    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType(kind), state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+    if refused:
+        with pytest.raises(ValueError, match="multi_gpu"):
+            check_not_sharded(accelerator)
+    else:
+        check_not_sharded(accelerator)
