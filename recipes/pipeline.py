@@ -8,7 +8,7 @@
 3. Judgement on the test prompts: both policies answer; the other M - 1 adapters, which training never saw, say how
    often the tuned answer is better. `output_dir/judgement.json`, a table, and pictures.
 
-Members and a policy that are there already are not trained again. `--reward_config` is a yaml of RewardModelConfig.
+Members that are there already are not trained again. `--reward_config` is a yaml of RewardModelConfig.
 """
 
 import json
