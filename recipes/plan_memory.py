@@ -149,7 +149,8 @@ def longest_prompt(dataset: Any, tokenizer: Any) -> int:
 def plan_of_run(recipe: Any, training: Any, model_args: Any, dataset: Any) -> Any:
     """The plan of a run of recipes/ppo_max.py; with `--auto_batch` its batches are set to what fits.
 
-    The sequences in an optimizer step and in a rollout batch stay as they are, so that learning does.
+    The sequences in an optimizer step and in a rollout batch stay as they are, so that learning does. None for a base
+    that is quantised already, which the plan does not know, unless the flag asks for one.
 
     Raises:
         TooSmallError: With `--auto_batch`: nothing fits. The plan, what is missing and what to change.
@@ -158,9 +159,12 @@ def plan_of_run(recipe: Any, training: Any, model_args: Any, dataset: Any) -> An
     from transformers import AutoTokenizer
 
     from trl_ext import Role, memory
-    from trl_ext.roles import read_adapter
+    from trl_ext.roles import load_base_config, quantization_method, read_adapter
 
     name, trust = model_args.model_name_or_path, training.trust_remote_code
+    held = load_base_config(name, revision=model_args.model_revision, trust_remote_code=trust)
+    if quantization_method(held) is not None and not recipe.auto_batch:
+        return None
     config = memory.load_config(name, revision=model_args.model_revision, trust_remote_code=trust)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust)
     given = {Role.REFERENCE: recipe.policy_adapter, Role.REWARD: recipe.reward_adapter}

@@ -201,6 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     from trl_ext import PPOMaxTrainer
+    from trl_ext.ppo.out_of_memory import explained_out_of_memory
 
     toy = model_args.model_name_or_path is None
     model, inputs = toy_inputs(recipe, training) if toy else real_inputs(recipe, training, model_args)
@@ -222,12 +223,13 @@ def main(arguments: list[str] | None = None) -> None:
         resume = get_last_checkpoint(training.output_dir)
     prompts = inputs["eval_dataset"][:3]["prompt"]
     print_main("Evaluating the policy before training ...", flush=True)
-    before, first = trainer.evaluate(), sample_completions(trainer, prompts, training.seed)
-    trainer.train(resume_from_checkpoint=resume or None)
-    print_main("Evaluating the policy after training ...", flush=True)
-    after, second = trainer.evaluate(), sample_completions(trainer, prompts, training.seed)
+    with explained_out_of_memory(trainer, plan):
+        before, first = trainer.evaluate(), sample_completions(trainer, prompts, training.seed)
+        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.save_model()
+        print_main("Evaluating the policy after training ...", flush=True)
+        after, second = trainer.evaluate(), sample_completions(trainer, prompts, training.seed)
 
-    trainer.save_model()
     if trainer.is_world_process_zero():
         report(before, after, (prompts, first, second), gold)
         picture = Path(training.output_dir) / "training.png"

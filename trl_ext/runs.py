@@ -61,12 +61,17 @@ def check_finite(what: str, terms: dict[str, Tensor], step: int, output_dir: str
     bad = {name: value for name, value in values.items() if not math.isfinite(value)}
     if not bad:
         return
-    checkpoints = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-    last = f"The last good checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
     raise RuntimeError(
-        f"non-finite {what} at step {step}: {bad}. The weights have not been changed by it. {last} Lower the "
-        "learning rate (in PPO that of the role), or compute in float32 or bfloat16 instead of float16."
+        f"non-finite {what} at step {step}: {bad}. The weights have not been changed by it. "
+        f"{last_checkpoint(output_dir)} Lower the learning rate (in PPO that of the role), or compute in float32 or "
+        "bfloat16 instead of float16."
     )
+
+
+def last_checkpoint(output_dir: str | None) -> str:
+    """A sentence about the checkpoint that a stopped run can go on from."""
+    checkpoints = sorted(Path(str(output_dir)).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    return f"The last good checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
 
 
 def check_first_kl(logps: Tensor, reference_logps: Tensor) -> None:

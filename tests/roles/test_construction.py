@@ -1,14 +1,17 @@
 """What each role is made of, in every way that a shared model can be made."""
 
 import copy
+import importlib.util
+import json
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaModel
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from tests.layout import packed
-from trl_ext.roles import AdapterWeights, Role, SharedBaseModel, shared_base_model
+from trl_ext.roles import AdapterWeights, Role, SharedBaseModel, load_base, shared_base_model
 from trl_ext.roles.adapters import write_adapter
 
 ALL = (Role.POLICY, Role.REFERENCE, Role.CRITIC)
@@ -101,6 +104,43 @@ def test_on_a_4_bit_base_the_first_kl_is_exactly_zero(make_base, make_adapter, b
         layer._disable_adapters = True
     with torch.no_grad():
         assert not torch.allclose(logits(model, batch), reference, atol=0.1)
+
+
+def quantised_folder(make_base, folder):
+    """A checkpoint in 4 bits, as on the Hub, and the model that was saved."""
+    pytest.importorskip("bitsandbytes")
+    make_base(hidden_size=64, intermediate_size=128, num_key_value_heads=2).save_pretrained(folder / "plain")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = load_base(str(folder / "plain"), quantization_config=quantization, dtype="float32")
+    base.save_pretrained(folder / "quantised")
+    return folder / "quantised", base
+
+
+def test_a_checkpoint_in_4_bits_keeps_its_quantisation(make_base, batch, tmp_path):
+    folder, base = quantised_folder(make_base, tmp_path)
+    loaded = load_base(str(folder), dtype="float32")
+    assert loaded.is_loaded_in_4bit
+    assert any(type(module).__name__ == "Linear4bit" for module in loaded.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(*batch).logits, base(*batch).logits, rtol=1e-3, atol=1e-3)
+    model = SharedBaseModel(loaded).train()
+    model(**packed(*batch, 5), roles=(Role.POLICY,))["logps"].sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_a_base_quantised_another_way_says_what_it_cannot_do(make_base, tmp_path, monkeypatch):
+    folder, _ = quantised_folder(make_base, tmp_path)
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantised by gptq already, quantization_config .* Drop it"):
+        load_base(str(tmp_path / "plain"), quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    if importlib.util.find_spec("optimum") is None:  # transformers says what it needs for such a base
+        with pytest.raises(ImportError, match=r"GPTQ.*optimum"):
+            load_base(str(tmp_path / "plain"))
+    monkeypatch.setattr(Bnb4BitHfQuantizer, "is_trainable", False)
+    with pytest.raises(ValueError, match="quantised by bitsandbytes, which computes no gradients"):
+        load_base(str(folder))
 
 
 def test_the_critic_starts_as_a_copy_of_the_reward_role(make_base, make_adapter, batch):

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from trl_ext.roles import AdapterWeights, Role, SharedBaseModel, lora_config
+from trl_ext.roles import AdapterWeights, Role, SharedBaseModel, lora_config, quantization_method
 
 # bitsandbytes: elements per quantisation constant; constants per constant of the second quantisation
 NF4_BLOCK, NESTED_BLOCK, ADAM_BLOCK = 64, 256, 256
@@ -112,12 +112,11 @@ def load_config(model_name_or_path: str, **kwargs: Any) -> Any:
             f"{str(error)[:200]} Give a Hub id, or a folder with a config.json, of a causal language model; upgrade "
             "transformers for a new one."
         ) from error
-    method = getattr(config, "quantization_config", None)
+    method = quantization_method(config)
     if method is not None:
-        name = method.get("quant_method", "?") if isinstance(method, dict) else type(method).__name__
         raise ValueError(
-            f"model_name_or_path={model_name_or_path!r} is quantised already ({name}): the plan knows 16 and 32 bits, "
-            "and 4 bits by bitsandbytes. Give the unquantised model and load_in_4bit."
+            f"model_name_or_path={model_name_or_path!r} is quantised already ({method}): the plan knows 16 and 32 "
+            "bits, and 4 bits by bitsandbytes. Give the unquantised model and load_in_4bit."
         )
     return config
 

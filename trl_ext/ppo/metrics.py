@@ -28,6 +28,7 @@ class PhaseTimer:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.tokens: dict[str, int] = {}
+        self.running = "update"  # the phase that is going on: what is neither generated nor scored is the update's
         self._update: tuple[int, float] | None = None
 
     def add(self, name: str, tokens: int, seconds: float) -> None:
@@ -41,9 +42,11 @@ class PhaseTimer:
         """
         _synchronize()
         clear_device_cache()
+        self.running = name
         start = time.perf_counter()
         yield
         _synchronize()
+        self.running = "update"
         self.add(name, tokens, time.perf_counter() - start)
 
     def start_update(self, tokens: int) -> None:

@@ -164,12 +164,11 @@ class PPOMaxTrainer(RLOOTrainer):
         timer.tokens["generate"] = int(rollout.completion_mask.sum())
 
         # 2. Policy, reference, critic and reward role
-        scored_at_once = args.per_device_score_batch_size or SCORED_PER_TRAINED * args.per_device_train_batch_size
         with timer.phase("score", tokens):
             score_with_roles(
                 self.model,
                 rollout,
-                batch_size=scored_at_once if training else args.per_device_eval_batch_size,
+                batch_size=self.scored_at_a_time if training else args.per_device_eval_batch_size,
                 temperature=self.temperature,
                 with_reference=self.beta != 0,
                 ensemble=args.reward_ensemble,
@@ -286,6 +285,11 @@ class PPOMaxTrainer(RLOOTrainer):
         mode = "train" if self.model.training else "eval"
         for name, value in values.items():
             self._metrics[mode][name].append(float(value))
+
+    @property
+    def scored_at_a_time(self) -> int:
+        """Sequences of full length that a pass of the rollout scores."""
+        return self.args.per_device_score_batch_size or SCORED_PER_TRAINED * self.args.per_device_train_batch_size
 
     def _sum(self, x: Tensor) -> Tensor:
         """The sum of a small tensor over all processes."""

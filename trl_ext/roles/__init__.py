@@ -1,7 +1,7 @@
 """Policy, reference, reward and critic as LoRA adapters on one frozen base. Only this folder imports PEFT."""
 
 from trl_ext.roles.adapters import AdapterWeights, RewardScale, lora_config, read_adapter
-from trl_ext.roles.base import load_base, load_base_config, max_positions
+from trl_ext.roles.base import load_base, load_base_config, max_positions, quantization_method
 from trl_ext.roles.build import shared_base_model, tuned_policy
 from trl_ext.roles.heads import ScalarHead
 from trl_ext.roles.packed import can_share_prompts, column_limit, packed_hidden_states
@@ -23,6 +23,7 @@ __all__ = [
     "lora_config",
     "max_positions",
     "packed_hidden_states",
+    "quantization_method",
     "read_adapter",
     "shared_base_model",
     "tuned_policy",

@@ -33,26 +33,46 @@ def load_base(
 
     Raises:
         ImportError: `quantization_config` is given and bitsandbytes is missing.
+        ValueError: The base is quantised already, by a method that cannot train adapters, or 4 bits were asked for too.
     """
+    method = quantization_method(load_base_config(model_name_or_path, **model_init_kwargs))
+    if quantization_config is not None and method not in (None, "bitsandbytes"):
+        raise ValueError(
+            f"{model_name_or_path} is quantised by {method} already, quantization_config (load_in_4bit) would do it "
+            "again. Drop it, or give the model that is not quantised."
+        )
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
-    if dtype == "auto" and quantization_config is None and PartialState().device.type == "cpu":
+    if dtype == "auto" and quantization_config is None and method is None and PartialState().device.type == "cpu":
         dtype = torch.float32
     elif dtype == "auto" and best_dtype() == torch.float16:
         held = load_base_config(model_name_or_path, **model_init_kwargs).dtype
         dtype = torch.float16 if held == torch.bfloat16 else "auto"
-    if quantization_config is not None:
+    if quantization_config is not None or method == "bitsandbytes":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ImportError("a quantised base needs bitsandbytes: pip install bitsandbytes")
         state = PartialState()
         device = "cpu" if state.device.type == "cpu" else state.local_process_index
         model_init_kwargs.setdefault("device_map", {"": device})
     model_init_kwargs.setdefault("trust_remote_code", False)
-    base = AutoModelForCausalLM.from_pretrained(
-        model_name_or_path, quantization_config=quantization_config, dtype=dtype, **model_init_kwargs
-    )
+    if quantization_config is not None:  # None would take the place of the checkpoint's own
+        model_init_kwargs["quantization_config"] = quantization_config
+    base = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype, **model_init_kwargs)
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:
+        raise ValueError(
+            f"{model_name_or_path} is quantised by {method}, which computes no gradients: no adapter can be trained on "
+            "it. Give the model that is not quantised, with quantization_config (load_in_4bit)."
+        )
     keep_trainable(base)
     return base.requires_grad_(False)
+
+
+def quantization_method(config: Any) -> str | None:
+    """How a checkpoint is quantised, by its configuration: "bitsandbytes", "gptq", "awq", ...; None: it is not."""
+    held = getattr(config, "quantization_config", None)
+    method = held.get("quant_method") if isinstance(held, dict) else getattr(held, "quant_method", None)
+    return None if held is None else str(getattr(method, "value", method) or "bitsandbytes")
 
 
 def keep_trainable(base: Any) -> None:
