@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 from trl import RLOOConfig
 
 from trl_ext.ops.ensemble import ENSEMBLE_MODES
+from trl_ext.ops.packing import SCORED_PER_TRAINED
 from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
 REWARD_NORMALIZATIONS = ("norm", "scale", "none")
@@ -184,6 +185,11 @@ class PPOMaxConfig(RLOOConfig):
             self.critic_learning_rate = 3 * self.learning_rate
         if self.kl_horizon is None:
             self.kl_horizon = float(HORIZON_IN_BATCHES * (self.generation_batch_size or 1))
+
+    @property
+    def scored_at_a_time(self) -> int:
+        """Sequences of full length that a pass of the rollout scores."""
+        return self.per_device_score_batch_size or SCORED_PER_TRAINED * self.per_device_train_batch_size
 
     def choose_optim(self, quantised: bool) -> None:
         """Where no `optim` was given: paged 8-bit AdamW for a quantised base on a CUDA card. The trainer calls it."""

@@ -39,7 +39,7 @@ def explained_out_of_memory(trainer: "PPOMaxTrainer", plan: Any = None) -> Itera
         rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)
         batches = {
             "generate": args.per_device_generate_batch_size or rows,
-            "score": trainer.scored_at_a_time,
+            "score": args.scored_at_a_time,
             "train": args.per_device_train_batch_size,
             "eval": args.per_device_eval_batch_size,
         }

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Pre
 from trl import RLOOTrainer
 
 from trl_ext.cards import write_card
-from trl_ext.ops.packing import SCORED_PER_TRAINED
 from trl_ext.ppo import metrics
 from trl_ext.ppo.card import model_card
 from trl_ext.ppo.checks import check_inputs, reward_list
@@ -168,7 +167,7 @@ class PPOMaxTrainer(RLOOTrainer):
             score_with_roles(
                 self.model,
                 rollout,
-                batch_size=self.scored_at_a_time if training else args.per_device_eval_batch_size,
+                batch_size=args.scored_at_a_time if training else args.per_device_eval_batch_size,
                 temperature=self.temperature,
                 with_reference=self.beta != 0,
                 ensemble=args.reward_ensemble,
@@ -285,11 +284,6 @@ class PPOMaxTrainer(RLOOTrainer):
         mode = "train" if self.model.training else "eval"
         for name, value in values.items():
             self._metrics[mode][name].append(float(value))
-
-    @property
-    def scored_at_a_time(self) -> int:
-        """Sequences of full length that a pass of the rollout scores."""
-        return self.args.per_device_score_batch_size or SCORED_PER_TRAINED * self.args.per_device_train_batch_size
 
     def _sum(self, x: Tensor) -> Tensor:
         """The sum of a small tensor over all processes."""
