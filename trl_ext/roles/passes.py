@@ -95,7 +95,7 @@ class RolePasses:
             wanted = entropy if role is Role.POLICY else None
             with self.role(role), torch.set_grad_enabled(torch.is_grad_enabled() and role is not Role.REFERENCE):
                 for part in parts:
-                    hidden = packed_hidden_states(backbone, part)[part["sources"]]
+                    hidden = packed_hidden_states(backbone, part).index_select(0, part["sources"])
                     if role is Role.CRITIC:
                         per_token.append(self.heads["critic"](hidden))
                         continue
@@ -188,7 +188,7 @@ class RolePasses:
         """`score_members` of sequences laid out by `ops.packing.pack`, (N, K)."""
         backbone = self.get_base_model().base_model
         return self._members(
-            lambda: in_order(parts, [packed_hidden_states(backbone, part)[part["ends"]] for part in parts])
+            lambda: in_order(parts, [packed_hidden_states(backbone, part).index_select(0, part["ends"]) for part in parts])
         )
 
     def _members(self, last_states: Callable[[], torch.Tensor]) -> torch.Tensor:
