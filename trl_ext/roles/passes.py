@@ -187,9 +187,12 @@ class RolePasses:
     def score_parts(self, parts: list[Part]) -> torch.Tensor:
         """`score_members` of sequences laid out by `ops.packing.pack`, (N, K)."""
         backbone = self.get_base_model().base_model
-        return self._members(
-            lambda: in_order(parts, [packed_hidden_states(backbone, part).index_select(0, part["ends"]) for part in parts])
-        )
+
+        def last_states() -> torch.Tensor:
+            states = (packed_hidden_states(backbone, part).index_select(0, part["ends"]) for part in parts)
+            return in_order(parts, list(states))
+
+        return self._members(last_states)
 
     def _members(self, last_states: Callable[[], torch.Tensor]) -> torch.Tensor:
         scores = []
