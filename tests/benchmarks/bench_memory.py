@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_memory.py --shape llama-3.1-8b --cap 24 16 12 8
     python tests/benchmarks/bench_memory.py --shape tiny --device cpu
+    python tests/benchmarks/bench_memory.py --shape llama-2-7b --device cpu --resident
 
 Models of the shape of Llama-2-7B, Llama-3.1-8B, Qwen2.5-7B and Llama-3.2-1B, with random weights: built on the meta
 device, then filled and quantised (NF4, double) one layer at a time on the device. Nothing is downloaded and the model
@@ -209,6 +210,22 @@ def four_roles(args: argparse.Namespace):
     )
 
 
+def print_resident(args: argparse.Namespace) -> None:
+    """Bytes of the four roles and of their base, counted tensor by tensor, with adapters in each dtype."""
+    import torch
+
+    from trl_ext.memory import tensor_bytes
+
+    model = four_roles(args)
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    base = tensor_bytes(model) - sum(p.nbytes for p in (*adapters, *model.heads.parameters()))
+    for dtype in (torch.float32, torch.bfloat16):
+        for parameter in adapters:
+            parameter.data = parameter.data.to(dtype)
+        roles = tensor_bytes(model)
+        print(f"{args.shape}: base {base:,} bytes, four roles in {dtype} {roles:,} bytes, {roles / base:.3f} times")
+
+
 def measure(trainer, peaks: Peaks) -> None:
     """Make the phases of a trainer phases of `peaks`."""
     from trl_ext.ppo import trainer as module
@@ -398,6 +415,7 @@ def main() -> None:
     parser.add_argument("--lora_r", type=int, default=16)
     parser.add_argument("--trl_micro_batch", type=int, default=1)
     parser.add_argument("--only", choices=["ours", "trl"])
+    parser.add_argument("--resident", action="store_true", help="build the four roles, print their bytes, and stop")
     parser.add_argument("--trl_env", type=Path, default=Path.home() / ".cache" / "trl_ext" / "trl-1.12")
     parser.add_argument("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -409,6 +427,9 @@ def main() -> None:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here. Try the code path with --shape tiny --device cpu.")
+    if args.resident:
+        print_resident(args)
+        return
     sides = [args.only] if args.only else ["ours", "trl"]
     pythons = {"ours": sys.executable}
     if "trl" in sides:
