@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.ppo import tiny
+from trl_ext.ppo import metrics
 from trl_ext.ppo.out_of_memory import explained_out_of_memory
 
 
@@ -59,3 +60,14 @@ def test_an_evaluation_has_its_own_option_and_other_errors_pass(world, tmp_path)
         trainer.evaluate()
     with pytest.raises(KeyError), explained_out_of_memory(trainer):
         raise KeyError
+
+
+def test_every_phase_begins_with_no_memory_cached_by_the_last(monkeypatch):
+    seen, timer = [], metrics.PhaseTimer()
+    monkeypatch.setattr(metrics, "clear_device_cache", lambda: seen.append("cleared"))
+    for name in ("generate", "score"):
+        with timer.phase(name):
+            seen.append(timer.running)
+    timer.start_update(1)
+    assert seen == ["cleared", "generate", "cleared", "score", "cleared"]
+    assert timer.running == "update"

@@ -32,7 +32,6 @@ from trl_ext.roles import Role, SharedBaseModel
 # Batches that are traced; bytes of others lie on the line through these, because tensors are linear in the batch.
 TRACED_BATCHES = (1, 8)
 PER_LAYER_LISTS = ("layer_types", "attention_layers", "mlp_layer_types")
-MASKED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten._index_put_impl_.default)
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Traced:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors allocated inside it, now and at most, from when they are made until freed.
 
-    Works on real and on fake tensors. On fake ones a boolean mask is taken to be all true, as in a full batch.
+    Works on real and on fake tensors.
     """
 
     def __init__(self, known: Any = ()) -> None:
@@ -59,8 +58,6 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, int] = {t.untyped_storage()._cdata: 0 for t in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in MASKED and any(isinstance(index, FakeTensor) for index in args[1]):
-            args = (args[0], _without_masks(args[1]), *args[2:])
         out = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._watch, out)
         return out
@@ -79,17 +76,6 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.now -= self._known.pop(key)
-
-
-def _without_masks(indices: Any) -> list[Any]:
-    """Boolean index tensors as integer ones that pick every element."""
-    out: list[Any] = []
-    for index in indices:
-        if index is not None and index.dtype == torch.bool:
-            out += [index.new_zeros(index.numel(), dtype=torch.long)] * index.ndim
-        else:
-            out.append(index)
-    return out
 
 
 class _Dequantised(torch.autograd.Function):

@@ -35,7 +35,8 @@ def load_base(
         ImportError: `quantization_config` is given and bitsandbytes is missing.
         ValueError: The base is quantised already, by a method that cannot train adapters, or 4 bits were asked for too.
     """
-    method = quantization_method(load_base_config(model_name_or_path, **model_init_kwargs))
+    config = load_base_config(model_name_or_path, **model_init_kwargs)
+    method = quantization_method(config)
     if quantization_config is not None and method not in (None, "bitsandbytes"):
         raise ValueError(
             f"{model_name_or_path} is quantised by {method} already, quantization_config (load_in_4bit) would do it "
@@ -46,8 +47,7 @@ def load_base(
     if dtype == "auto" and quantization_config is None and method is None and PartialState().device.type == "cpu":
         dtype = torch.float32
     elif dtype == "auto" and best_dtype() == torch.float16:
-        held = load_base_config(model_name_or_path, **model_init_kwargs).dtype
-        dtype = torch.float16 if held == torch.bfloat16 else "auto"
+        dtype = torch.float16 if config.dtype == torch.bfloat16 else "auto"
     if quantization_config is not None or method == "bitsandbytes":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ImportError("a quantised base needs bitsandbytes: pip install bitsandbytes")
