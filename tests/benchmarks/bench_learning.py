@@ -7,6 +7,10 @@ Every trainer gets the same number of samples of the same length, from the same 
 over each, LoRA r=16 on all linear layers. TRL's trainers run at the learning rates of `--rates`, PPO-Max as its config
 file says. Writes OUTPUT.json (all curves) and OUTPUT.png, and prints the mean of the first and of the last 320 samples.
 TRL 1.12 runs in a virtual environment of its own (`--trl_env`, made if missing).
+
+Two things say how much is left to gain. `--trainers oracle` is PPO-Max told by the reward function what every single
+token was worth, a credit assignment that no critic can better. `--frontier FILE` draws into the picture what no policy
+can exceed, measured by bench_frontier.py.
 """
 
 import argparse
@@ -78,6 +82,8 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     assert config.generation_batch_size == BATCH
     assert config.num_iterations == PASSES
     trainer = PPOMaxTrainer(args.model, reward, config, prompts, peft_config=lora_config(r=16, lora_alpha=16))
+    if args.child == "oracle":
+        pay_by_token(trainer, reward)
     trainer.train()
     points = curve(trainer.state.log_history, "reward", "kl")
     for point, entry in zip(points, (e for e in trainer.state.log_history if "reward" in e), strict=False):
@@ -85,6 +91,27 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     last = args.samples // 4
     texts = final_completions(trainer, prompts, min(last, 256)) if args.completions else []
     return {"points": points, "completions": texts}
+
+
+def pay_by_token(trainer: Any, reward: Any) -> None:
+    """Pay every token what it adds to the reward of the text so far, in place of the whole reward at the end."""
+    import torch
+
+    import trl_ext.ppo.trainer as seam
+
+    original, tokenizer = seam.add_kl_and_rewards, trainer.processing_class
+
+    def by_token(rollout: Any, *, estimator: str, beta: float) -> None:
+        original(rollout, estimator=estimator, beta=beta)
+        std = trainer.ppo_state.moments.std
+        rewards = -beta * rollout.kl
+        for row, ids, length in zip(rewards, rollout.completion_ids, rollout.completion_mask.sum(1), strict=True):
+            texts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in range(1, int(length) + 1)]
+            so_far = torch.tensor([0.0, *reward(texts)])
+            row[: len(texts)] += (so_far[1:] - so_far[:-1]) / std
+        rollout.rewards = rewards
+
+    seam.add_kl_and_rewards = by_token
 
 
 def final_completions(trainer: Any, prompts: Any, count: int) -> dict[str, list[str]]:
@@ -222,13 +249,18 @@ def summarise(run: dict[str, Any]) -> str:
     return text
 
 
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
+def plot(runs: list[dict[str, Any]], path: Path, frontier: dict[str, Any] | None = None) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    labels = {"ours": "PPO-Max", "rloo": "TRL RLOO", "trl_ppo": "TRL 1.12 PPO"}
+    labels = {
+        "ours": "PPO-Max",
+        "oracle": "PPO-Max, every token's worth known",
+        "rloo": "TRL RLOO",
+        "trl_ppo": "TRL 1.12 PPO",
+    }
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     kinds = list(dict.fromkeys((run["trainer"], run["rate"]) for run in runs))
     for run in runs:
@@ -243,6 +275,11 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         kwargs = {"color": color, "alpha": 0.8, "label": label if first else None}
         axes[0].plot([p["kl"] for p in smooth], [p["reward"] for p in smooth], **kwargs)
         axes[1].plot([(i + window) * BATCH for i in range(len(smooth))], [p["reward"] for p in smooth], **kwargs)
+    if frontier:
+        end = axes[0].get_xlim()[1]
+        kls = [end * i / 100 for i in range(101)]
+        best = [frontier["start"] + frontier["gain"] * kl**0.5 for kl in kls]
+        axes[0].plot(kls, best, "--", color="grey", label="no policy is above this")
     axes[0].set(xlabel="KL from the reference (nats a completion)", ylabel="reward")
     axes[1].set(xlabel="samples", ylabel="reward")
     for axis in axes:
@@ -264,16 +301,17 @@ def main() -> None:
     parser.add_argument("--trainers", nargs="+", default=["ours", "rloo", "trl_ppo"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--completions", action="store_true", help="also compare distinct-2 with the reference's")
+    parser.add_argument("--frontier", type=Path, help="what bench_frontier.py wrote")
     parser.add_argument("--trl_env", type=Path, default=Path.home() / ".cache" / "trl_ext" / "trl-1.12")
     for name in ("--child", "--seed", "--rate"):
         parser.add_argument(name, type=str if name == "--child" else float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         args.seed = int(args.seed)
-        run = {"ours": run_ours, "rloo": run_rloo, "trl_ppo": run_trl_ppo}[args.child]
+        run = {"ours": run_ours, "oracle": run_ours, "rloo": run_rloo, "trl_ppo": run_trl_ppo}[args.child]
         print("RESULT " + json.dumps(run(args)))
         return
-    jobs = [("ours", seed, 0.0) for seed in args.seeds if "ours" in args.trainers]
+    jobs = [(name, seed, 0.0) for name in ("ours", "oracle") if name in args.trainers for seed in args.seeds]
     jobs += [(name, 0, rate) for name in ("rloo", "trl_ppo") if name in args.trainers for rate in args.rates]
     runs = []
     for name, seed, rate in jobs:
@@ -285,7 +323,8 @@ def main() -> None:
         runs.append(child(python, name, seed, rate, args))
         print(summarise(runs[-1]), flush=True)
     args.output.with_suffix(".json").write_text(json.dumps(runs))
-    plot(runs, args.output.with_suffix(".png"))
+    frontier = json.loads(args.frontier.read_text()) if args.frontier else None
+    plot(runs, args.output.with_suffix(".png"), frontier)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 MODEL is a causal language model, the files hold preferences in any format of trl_ext.data. `accuracy` trains five
 plain models, which are the ensemble that measures the preference strength of the training pairs, and each variant with
 every seed; results are kept beside the json of --output: a run resumes.
-`noise` flips a quarter of the labels of the embedded world. One thread a process: tiny models are slower with more.
+`noise` flips a quarter of the labels of the embedded world; `back` is the share of the loss that a policy undoes. One thread a process: tiny models are slower with more.
 """
 
 import argparse
@@ -244,30 +244,35 @@ def noise_of(seed: int, args: argparse.Namespace) -> dict[str, float]:
     noisy = [dict(row) for row in clean]
     for i in flipped.nonzero().flatten().tolist():
         noisy[i]["chosen"], noisy[i]["rejected"] = clean[i]["rejected"], clean[i]["chosen"]
-    test = Dataset.from_list(preference_pairs(1000, rng, temperature=0, split="eval"))
+    test = Dataset.from_list(preference_pairs(args.test_pairs, rng, temperature=0, split="eval"))
+    final = NOISE_SETTINGS | json.loads(args.settings)
+    member = final | json.loads(args.member_settings)
 
-    def train(rows: Any, run_seed: int, **options: Any) -> Any:
-        settings = NOISE_SETTINGS | json.loads(args.settings) | options
+    def train(rows: Any, run_seed: int, settings: dict[str, Any] = final, **options: Any) -> Any:
         config = RewardModelConfig(
-            output_dir=str(args.output.parent), seed=run_seed, normalize_rewards=False, **settings
+            output_dir=str(args.output.parent), seed=run_seed, normalize_rewards=False, **(settings | options)
         )
         model.reset(run_seed)
         return train_one(model, config, rows, test, tokenizer)[0]
 
     noisy_rows = Dataset.from_list(noisy)
     row = {"clean": accuracy_of(lead(train(Dataset.from_list(clean), seed), test))}
+    row["plain"] = accuracy_of(lead(train(noisy_rows, seed), test))
+    print(f"seed {seed}: clean {row['clean']:.3f}, noisy {row['plain']:.3f}", flush=True)
     differences, leads = [], []
     for k in range(MEMBERS):
-        trainer = train(noisy_rows, seed + 100 * k)
+        trainer = train(noisy_rows, seed + 100 * k, member)
         differences.append(lead(trainer, noisy_rows))
         leads.append(lead(trainer, test))
-    row["plain"] = accuracy_of(leads[0])
+    row["member"] = sum(map(accuracy_of, leads)) / MEMBERS
     row["ensemble"] = accuracy_of(torch.stack(leads).mean(0))
     members = torch.stack(differences)
     for policy in ("flip", "drop", "smooth"):
         rows, report = apply_strength(noisy_rows, members, policy, share=args.share)
         options = {"label_smoothing": 0.3, "label_smoothing_on": "suspected"} if policy == "smooth" else {}
         row[policy] = accuracy_of(lead(train(rows, seed, **options), test))
+        row[f"{policy}: back"] = (row[policy] - row["plain"]) / (row["clean"] - row["plain"])
+        print(f"seed {seed}: {policy} {row[policy]:.3f}, {row[f'{policy}: back']:.0%} of the loss", flush=True)
     suspected = members.mean(0) < report.threshold
     hits = float((suspected & flipped).sum())
     return row | {"precision": hits / float(suspected.sum()), "recall": hits / float(flipped.sum())}
@@ -284,7 +289,11 @@ def main() -> None:
     parser.add_argument("--settings", default="{}", help="options of the trainer, as json")
     parser.add_argument("--lora", default="{}", help="options of the LoRA configuration, as json")
     parser.add_argument("--only", nargs="+", help="accuracy: train these and stop, for several processes at once")
+    parser.add_argument(
+        "--member_settings", default="{}", help="noise: what differs for the models that judge, as json"
+    )
     parser.add_argument("--pairs", type=int, default=2560)
+    parser.add_argument("--test_pairs", type=int, default=5000)
     parser.add_argument("--share", type=float, default=0.2)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch_size", type=int, default=16)
