@@ -7,7 +7,8 @@
 MODEL is a causal language model, the files hold preferences in any format of trl_ext.data. `accuracy` trains five
 plain models, which are the ensemble that measures the preference strength of the training pairs, and each variant with
 every seed; results are kept beside the json of --output: a run resumes.
-`noise` flips a quarter of the labels of the embedded world; `back` is the share of the loss that a policy undoes. One thread a process: tiny models are slower with more.
+`noise` flips a quarter of the labels of the embedded world; `back` is the share of the loss that a policy undoes.
+One thread a process: tiny models are slower with more.
 """
 
 import argparse
@@ -289,9 +290,7 @@ def main() -> None:
     parser.add_argument("--settings", default="{}", help="options of the trainer, as json")
     parser.add_argument("--lora", default="{}", help="options of the LoRA configuration, as json")
     parser.add_argument("--only", nargs="+", help="accuracy: train these and stop, for several processes at once")
-    parser.add_argument(
-        "--member_settings", default="{}", help="noise: what differs for the models that judge, as json"
-    )
+    parser.add_argument("--member_settings", default="{}", help="noise: what differs for the judges, as json")
     parser.add_argument("--pairs", type=int, default=2560)
     parser.add_argument("--test_pairs", type=int, default=5000)
     parser.add_argument("--share", type=float, default=0.2)
