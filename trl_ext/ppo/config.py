@@ -5,7 +5,6 @@ runs; the horizon of the adaptive KL controller is given in rollout batches by d
 to a batch of 512.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +12,12 @@ from transformers.training_args import OptimizerNames
 from trl import RLOOConfig
 
 from trl_ext.ops.ensemble import ENSEMBLE_MODES
+from trl_ext.ops.kl import KL_ESTIMATORS
 from trl_ext.ops.packing import SCORED_PER_TRAINED
+from trl_ext.ppo.validation import KL_CONTROLS, REWARD_NORMALIZATIONS, check_config
 from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
-REWARD_NORMALIZATIONS = ("norm", "scale", "none")
-KL_CONTROLS = ("fixed", "adaptive", "penalty")
-KL_ESTIMATORS = ("k1", "k2", "k3")
 HORIZON_IN_BATCHES = 20
-# Of `generation_kwargs`, what transformers' continuous batching applies
-CONTINUOUS_BATCHING_KWARGS = {"do_sample", "max_new_tokens", "min_p", "temperature", "top_k", "top_p"}
 DEFAULT_OPTIM: Any = RLOOConfig.__dataclass_fields__["optim"].default
 
 
@@ -178,9 +174,7 @@ class PPOMaxConfig(RLOOConfig):
             # RLOO's last check wants two generations for its leave-one-out baseline. PPO has a critic.
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
-        self._check_numbers()
-        self._check_choices()
-        self._check_generation()
+        check_config(self)
         if self.critic_learning_rate is None:
             self.critic_learning_rate = 3 * self.learning_rate
         if self.kl_horizon is None:
@@ -195,124 +189,3 @@ class PPOMaxConfig(RLOOConfig):
         """Where no `optim` was given: paged 8-bit AdamW for a quantised base on a CUDA card. The trainer calls it."""
         if self._optim_by_base and quantised and self.device.type == "cuda":
             self.optim = OptimizerNames.PAGED_ADAMW_8BIT
-
-    def _check_choices(self) -> None:
-        for name, choices in (
-            ("reward_ensemble", ENSEMBLE_MODES),
-            ("reward_normalization", REWARD_NORMALIZATIONS),
-            ("kl_control", KL_CONTROLS),
-            ("kl_estimator", KL_ESTIMATORS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
-        refused: dict[str, tuple[Any, str]] = {
-            "reward_clip_range": (self.reward_clip_range, "use reward_clip, which clips after normalisation"),
-            "mask_truncated_completions": (
-                self.mask_truncated_completions,
-                "use missing_eos_penalty; a masked completion would leave its critic untrained",
-            ),
-            "sync_ref_model": (self.sync_ref_model, "the reference is the frozen starting policy"),
-            "use_vllm": (
-                self.use_vllm,
-                "TRL gives vLLM the policy by merging its adapter into the base that all roles share, and unmerging "
-                "rounds, or quantises a 4-bit base anew: the reference would move at each sync. It would also send "
-                "the critic's head, and 4-bit weights as they are packed, which no vLLM model has. Use transformers' "
-                "generate (the default) or use_transformers_continuous_batching=True",
-            ),
-            "router_aux_loss_coef": (self.router_aux_loss_coef, "the auxiliary loss of experts is not supported"),
-            "use_liger_kernel": (self.use_liger_kernel, "it replaces the forward passes of the roles"),
-            "restore_callback_states_from_checkpoint": (
-                self.restore_callback_states_from_checkpoint,
-                "the state of PPO-Max is restored without it",
-            ),
-        }
-        for name, (value, remedy) in refused.items():
-            if value:
-                raise ValueError(f"{name}={value!r} has no place in PPO-Max: {remedy}.")
-        checkpointing: Any = (
-            getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
-        )
-        if (checkpointing or {}).get("use_reentrant"):
-            raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} would recompute under the wrong role: set it "
-                "to False or leave it out."
-            )
-        assert self.steps_per_generation is not None  # RLOOConfig has set it
-        if self.steps_per_generation % self.gradient_accumulation_steps:
-            raise ValueError(
-                f"steps_per_generation={self.steps_per_generation} must be a multiple of "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}, so that a pass over the rollout "
-                "batch is a whole number of optimizer steps."
-            )
-
-    def _check_generation(self) -> None:
-        """What continuous batching would leave out, with no more than a line in its log."""
-        if not self.use_transformers_continuous_batching:
-            return
-        other = sorted(set(self.generation_kwargs or {}) - CONTINUOUS_BATCHING_KWARGS)
-        options: Any = self.transformers_continuous_batching_config or {}
-        left_out: dict[str, tuple[Any, str]] = {
-            "repetition_penalty": (None if self.repetition_penalty == 1 else self.repetition_penalty, "set it to 1"),
-            "cache_implementation": (self.cache_implementation, "leave it out; the engine has a cache of its own"),
-            "generation_kwargs": (other, f"give no others than {', '.join(sorted(CONTINUOUS_BATCHING_KWARGS))}"),
-            "per_device_generate_batch_size": (
-                self.per_device_generate_batch_size,
-                "use transformers_continuous_batching_config={'max_requests_per_batch': ...}",
-            ),
-            "transformers_continuous_batching_config['seed']": (
-                options.get("seed"),
-                "leave it out: every rollout batch would be sampled with the same random numbers. `seed` governs them",
-            ),
-        }
-        for name, (value, remedy) in left_out.items():
-            if value not in (None, []):
-                raise ValueError(f"{name}={value!r} does not go with use_transformers_continuous_batching: {remedy}.")
-
-    def _check_numbers(self) -> None:
-        positive = (
-            "kl_target",
-            "gradient_accumulation_steps",
-            "temperature",
-            "ptx_max_length",
-            "max_completion_length",
-        )
-        positive_or_none = ("reward_clip", "advantage_clip", "value_clip", "kl_horizon")
-        not_negative = (
-            "beta",
-            "vf_coef",
-            "entropy_coef",
-            "ptx_coef",
-            "critic_warmup_steps",
-            "epsilon",
-            "reward_ensemble_coef",
-        )
-        not_negative_or_none = ("missing_eos_penalty", "critic_learning_rate", "epsilon_high")
-        remedy = {"reward_clip": "null (None) switches it off", "value_clip": "null (None) switches it off"}
-        for name in (*positive, *positive_or_none):
-            value = getattr(self, name)
-            if value is None and name in positive_or_none:
-                continue
-            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-                raise ValueError(f"{name}={value!r} must be a number above 0; {remedy.get(name, 'give one')}.")
-        for name in (*not_negative, *not_negative_or_none):
-            value = getattr(self, name)
-            if value is None and name in not_negative_or_none:
-                continue
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a number of at least 0.")
-        for name in ("per_device_generate_batch_size", "per_device_score_batch_size"):
-            rows = getattr(self, name)
-            if rows is not None and (not isinstance(rows, int) or rows < 1):
-                raise ValueError(f"{name}={rows!r} must be a whole number of at least 1, or null.")
-        for name in ("gamma", "gae_lambda", "value_lambda"):
-            value = getattr(self, name)
-            if not (value is None and name == "value_lambda") and not 0 <= value <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must lie between 0 and 1.")
-        threshold = self.critic_warmup_explained_variance
-        if threshold is not None and not threshold <= 1:
-            raise ValueError(f"critic_warmup_explained_variance={threshold!r} can be at most 1.")
-        if threshold is not None and self.critic_warmup_steps == 0:
-            raise ValueError(
-                "critic_warmup_explained_variance is set and critic_warmup_steps is 0: set the steps to the longest "
-                "that the warm-up may take."
-            )
