@@ -9,11 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import set_seed
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
 # The models of the suite are tiny: a second thread mostly waits, and on a busy machine it slows the first.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, alone or after any others: what it samples is what CI samples."""
+    set_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,6 @@ def test_it_samples_from_the_active_role_and_changes_nothing(make_base, make_ada
     model = apart(SharedBaseModel(base, make_adapter(base)))
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     weights = copy.deepcopy(model.state_dict())
-    torch.manual_seed(0)
     with model.role(role):
         outputs = model.generate_batch(
             prompts(), generation_config=settings(), continuous_batching_config=engine(return_logprobs=True)
