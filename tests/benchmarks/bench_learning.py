@@ -8,8 +8,8 @@ over each, LoRA r=16 on all linear layers. TRL's trainers run at the learning ra
 file says. Writes OUTPUT.json (all curves) and OUTPUT.png, and prints the mean of the first and of the last 320 samples.
 TRL 1.12 runs in a virtual environment of its own (`--trl_env`, made if missing).
 
-Two things say how much is left to gain. `--trainers oracle` is PPO-Max told by the reward function what every single
-token was worth, a credit assignment that no critic can better. `--frontier FILE` draws into the picture what no policy
+Two things say how much is left to gain. `--trainers oracle` is PPO-Max paid for every token by what it added to the
+reward, which leaves the critic little to assign. `--frontier FILE` draws into the picture what no policy
 can exceed, measured by bench_frontier.py.
 """
 
@@ -261,7 +261,7 @@ def plot(runs: list[dict[str, Any]], path: Path, frontier: dict[str, Any] | None
         "rloo": "TRL RLOO",
         "trl_ppo": "TRL 1.12 PPO",
     }
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     kinds = list(dict.fromkeys((run["trainer"], run["rate"]) for run in runs))
     for run in runs:
         kind = (run["trainer"], run["rate"])
@@ -284,7 +284,7 @@ def plot(runs: list[dict[str, Any]], path: Path, frontier: dict[str, Any] | None
     axes[1].set(xlabel="samples", ylabel="reward")
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 
 
