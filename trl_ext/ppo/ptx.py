@@ -64,3 +64,18 @@ class PTXBatches:
         ids = [row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def ptx_batches(dataset: Dataset | None, tokenizer: Any, args: Any, accelerator: Any) -> PTXBatches | None:
+    """The batches of a trainer with these `PPOMaxConfig` arguments; None without a dataset."""
+    if dataset is None:
+        return None
+    return PTXBatches(
+        dataset,
+        tokenizer,
+        batch_size=args.per_device_train_batch_size,
+        max_length=args.ptx_max_length,
+        seed=args.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )

@@ -56,6 +56,14 @@ class PPOState:
         self.warmup_done = self.warmup_done or global_step >= self.args.critic_warmup_steps
         return not self.warmup_done
 
+    def observe(self, metrics: dict[str, float], global_step: int, samples: int) -> None:
+        """A rollout batch of `samples` sequences is over: the KL coefficient and the warm-up react to its metrics."""
+        warming_up = self.in_warmup(global_step)
+        self.observe_explained_variance(metrics["explained_variance"])
+        if not warming_up and "kl" in metrics:
+            self.kl.update(metrics["kl"], samples)
+        self.rollouts += 1
+
     def observe_explained_variance(self, value: float) -> None:
         """End the warm-up once the critic is as good as `critic_warmup_explained_variance` asks."""
         threshold = self.args.critic_warmup_explained_variance

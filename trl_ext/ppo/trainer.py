@@ -18,7 +18,7 @@ from trl_ext.ppo.checks import check_inputs, reward_list
 from trl_ext.ppo.config import PPOMaxConfig
 from trl_ext.ppo.generation import complete
 from trl_ext.ppo.losses import policy_loss, value_loss
-from trl_ext.ppo.ptx import PTXBatches
+from trl_ext.ppo.ptx import PTXBatches, ptx_batches
 from trl_ext.ppo.rewards import shape_scores, weighted_scores
 from trl_ext.ppo.rollout import Rollout, add_advantages, add_kl_and_rewards, score_with_roles
 from trl_ext.ppo.samples import log_samples, log_what_functions_report
@@ -132,17 +132,7 @@ class PPOMaxTrainer(RLOOTrainer):
         self.ppo_state = PPOState(args)
         self.add_callback(PPOStateCallback(self))
         model.model_card = partial(model_card, self)
-        self._ptx = None
-        if ptx_dataset is not None:
-            self._ptx = PTXBatches(
-                ptx_dataset,
-                processing_class,
-                batch_size=args.per_device_train_batch_size,
-                max_length=args.ptx_max_length,
-                seed=args.seed,
-                process_index=self.accelerator.process_index,
-                num_processes=self.accelerator.num_processes,
-            )
+        self._ptx = ptx_batches(ptx_dataset, processing_class, args, self.accelerator)
         self.timer = metrics.PhaseTimer()
 
     # ------------------------------------------------------------------ the first seam: rollout
@@ -204,11 +194,7 @@ class PPOMaxTrainer(RLOOTrainer):
         logged |= metrics.reward_metrics(self.reward_func_names, per_function, role_scores)
         logged["beta"] = beta
         if training:
-            warming_up = state.in_warmup(self.state.global_step)
-            state.observe_explained_variance(logged["explained_variance"])
-            if not warming_up and "kl" in logged:
-                state.kl.update(logged["kl"], len(prompts) * self.accelerator.num_processes)
-            state.rollouts += 1
+            state.observe(logged, self.state.global_step, len(prompts) * self.accelerator.num_processes)
             logged |= timer.metrics() | metrics.memory_metrics(device)
             timer.start_update(tokens * self.num_iterations)
         self.record(logged)
