@@ -1,7 +1,6 @@
 """How much reward any policy can get at a KL from the model, measured from samples of the model alone.
 
-    python tests/benchmarks/bench_frontier.py --model MODEL --prompts prompts.jsonl.gz --reward file.py:function \
-        --output docs/images/frontier.json
+    python tests/benchmarks/bench_frontier.py --model MODEL --prompts prompts.jsonl.gz --reward file.py:function
 
 Of all policies with the same KL from p, the one that tilts it, p(y) exp(t r(y)) / Z, has the highest mean reward
 (Rafailov et al. 2023, arXiv 2305.18290, appendix A.1). With y sampled from p, its mean reward and its KL are weighted

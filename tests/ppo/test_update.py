@@ -1,6 +1,7 @@
 """What the update does with a rollout: every flag, the critic's warm-up, the KL's control, gradients, PPO-ptx."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import TrainerCallback
 
 from tests.ppo import tiny
 from trl_ext import Role, SharedBaseModel
-from trl_ext.ppo.ptx import PTXBatches
+from trl_ext.ppo.ptx import PTXBatches, ptx_batches
 
 # Three rollouts of two passes: long enough for everything that acts on the next rollout only
 RUN = {"num_iterations": 2, "max_steps": 6}
@@ -270,3 +271,18 @@ def test_ptx_shows_every_row_once_an_epoch_over_all_processes():
         assert len(set(rows)) == 6  # the texts differ in length
         epochs.append(rows)
     assert epochs[0] != epochs[1]
+
+
+def test_a_trainer_cuts_orders_and_divides_its_ptx_texts_as_its_arguments_say():
+    def rows(made):
+        return [made.batch(k)["input_ids"].tolist() for k in range(3)]
+
+    own = {"batch_size": 1, "max_length": 6, "seed": 3, "process_index": 1, "num_processes": 2}
+    args = SimpleNamespace(per_device_train_batch_size=1, ptx_max_length=6, seed=3)
+    place = SimpleNamespace(process_index=1, num_processes=2)
+    made = rows(ptx_batches(tiny.texts(6), tiny.tiny_tokenizer(), args, place))
+    assert made == rows(batches(tiny.texts(6), **own))
+    for name in own:
+        other = own | {name: own[name] - 1 or own[name] + 1}
+        assert made != rows(batches(tiny.texts(6), **other)), f"{name} might as well not be passed on"
+    assert ptx_batches(None, None, args, place) is None
