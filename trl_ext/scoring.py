@@ -32,9 +32,6 @@ class AnsweredPrompt(Protocol):
     columns: dict[str, Any]
 
 
-# ---------------------------------------------------------------------- functions and classifiers
-
-
 class RewardSources:
     """Reward functions and classifiers, as functions that are checked at every call, with weights and unique names.
 
@@ -267,9 +264,6 @@ class ClassifierReward:
         return scores
 
 
-# ---------------------------------------------------------------------- the reward role
-
-
 @torch.no_grad()
 def role_scores(
     model: SharedBaseModel,
@@ -299,9 +293,9 @@ def role_scores(
         ValueError: A score that is not finite, or a sequence longer than the model's positions.
     """
     ids = [encoder.scored_ids(*row) for row in zip(prompts, prompt_ids, response_ids, strict=True)]
-    parts = pack(
-        [[row] for row in ids], [[len(row)] for row in ids], encoder.pad_id, share=False, max_tokens=max_tokens
-    )
+    check_positions(model.config, max(map(len, ids)))
+    groups, starts = [[row] for row in ids], [[len(row)] for row in ids]
+    parts = pack(groups, starts, encoder.pad_id, share=False, max_tokens=max_tokens)
     training = model.training
     model.eval()
     try:
@@ -359,9 +353,6 @@ def combine(per_function: Tensor, weights: Tensor, role: Tensor | None, role_wei
             "score. Return a number from at least one function."
         )
     return total
-
-
-# ---------------------------------------------------------------------- all of them
 
 
 class ResponseScorer:
