@@ -81,9 +81,9 @@ def test_chunks_and_padding_change_no_figure(model, batch_size):
 def test_a_pass_holds_sequences_of_like_length_and_no_more_tokens_than_allowed(model):
     long, short = [6] * 200, [7]
     rollout = make([long, short, long, short], [[8] * 100, [8], [8, 9], [8, 9]])
-    shapes = [tuple(part["input_ids"].shape) for part in rollout.parts()]
+    shapes = [tuple(part.input_ids.shape) for part in rollout.parts()]
     assert shapes == [(2, 300), (2, 3)]  # a further pass would cost more than the 98 columns of padding
-    assert [tuple(part["input_ids"].shape) for part in make().parts(max_tokens=10)] == [(1, 8), (2, 5), (1, 3)]
+    assert [tuple(part.input_ids.shape) for part in make().parts(max_tokens=10)] == [(1, 8), (2, 5), (1, 3)]
     seen = []
     model.get_base_model().base_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["attention_mask"].numel()), with_kwargs=True

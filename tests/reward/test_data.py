@@ -267,9 +267,9 @@ def test_every_row_weighs_the_same_and_all_together_one(rows):
 def test_every_response_is_run_once(rows, share):
     """Nine responses in four to nine pairs: one sequence each, and with `share` one prompt for a row."""
     parts = PreferenceCollator(0, share)(rows)["parts"]
-    numbers = torch.cat([part["sequences"] for part in parts])
+    numbers = torch.cat([part.sequences for part in parts])
     assert sorted(numbers.tolist()) == list(range(9))
     responses = sum(len(ids) - row["prompt_length"] for row in rows for ids in row["ids"])
-    assert sum(len(part["targets"]) for part in parts) == responses
+    assert sum(len(part.targets) for part in parts) == responses
     prompts = sum(row["prompt_length"] * (1 if share else len(row["ids"])) for row in rows)
-    assert sum(int(part["attention_mask"].sum()) for part in parts) == responses + prompts
+    assert sum(int(part.attention_mask.sum()) for part in parts) == responses + prompts

@@ -69,7 +69,7 @@ def test_log_probabilities_and_gradients_are_those_of_separate_sequences(
     sequences, starts = groups()
     limit = column_limit(model.get_base_model().base_model)
     parts = pack(sequences, starts, 0, max_columns=limit)
-    assert any("segments" in part for part in parts)
+    assert any(part.segments is not None for part in parts)
     outputs = model(parts=parts, roles=(Role.POLICY,))
     logps, mask = outputs["logps"], outputs["mask"]
     weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(1))
@@ -163,7 +163,7 @@ def test_rows_wider_than_the_window_are_not_shared(make_base, make_adapter, arch
     sequences[0] = [ids[:6] for ids in sequences[0][:2]]  # the one group that fits into 8 columns
     starts[0] = [4, 4]
     parts = pack(sequences, starts, 0, max_columns=column_limit(model.get_base_model().base_model))
-    assert sum(int((part["segments"] > 1).any(1).sum()) for part in parts if "segments" in part) == 1
+    assert sum(int((part.segments > 1).any(1).sum()) for part in parts if part.segments is not None) == 1
     with torch.no_grad():
         outputs = model(parts=parts, roles=(Role.POLICY,))
         alone = separate_logps(model, flat(sequences), flat(starts))

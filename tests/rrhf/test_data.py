@@ -170,7 +170,7 @@ def test_a_batch_holds_every_response_with_its_reward_and_prompt(tokenizer, make
     batch = to_batch(rows, 0, share=share, max_columns=None)
     assert batch.group.tolist() == [i for i, r in enumerate(ranked_rows(5)) for _ in r["scores"]]
     torch.testing.assert_close(batch.rewards, torch.tensor([s for r in ranked_rows(5) for s in r["scores"]]))
-    owners = torch.cat([part["owners"] for part in batch.parts])
+    owners = torch.cat([part.owners for part in batch.parts])
     lengths = [len(ids) for r in rows for ids in r.response_ids]
     assert owners.bincount().tolist() == lengths
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from trl_ext.memory.weights import Setup, meta_model, quantised_linears, with_roles
-from trl_ext.ops.packing import Part
+from trl_ext.ops.packing import PackedBatch
 from trl_ext.roles import Role, SharedBaseModel
 
 # Batches that are traced; bytes of others lie on the line through these, because tensors are linear in the batch.
@@ -212,13 +212,19 @@ class Tracer:
 
     # ------------------------------------------------------------------ machinery
 
-    def _parts(self, batch: int) -> tuple[list[Part], tuple[int, int]]:
+    def _parts(self, batch: int) -> tuple[list[PackedBatch], tuple[int, int]]:
         """A part as `ops.packing.pack` makes it, of sequences that are all as long as they may be; and its shape."""
         completion = self.setup.completion_length
         ids, mask = _batch(batch, self.setup.prompt_length + completion)
         sequence, token = torch.zeros(batch, dtype=torch.long), torch.zeros(batch * completion, dtype=torch.long)
-        part = {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "sequences": sequence, "ends": sequence}
-        part |= dict.fromkeys(("targets", "sources", "owners", "columns"), token)
+        part = PackedBatch(
+            input_ids=ids,
+            position_ids=ids,
+            attention_mask=mask,
+            sequences=sequence,
+            ends=sequence,
+            **dict.fromkeys(("targets", "sources", "owners", "columns"), token),
+        )
         return [part], (batch, completion)
 
     def _trace(self, run: Callable[[SharedBaseModel, LiveBytes, int], int], batch: int, depth: int) -> Traced:

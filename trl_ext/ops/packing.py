@@ -8,8 +8,9 @@ Which hidden state belongs to which token of which sequence is written down in f
 know the layout.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,67 @@ from torch import Tensor
 SCORED_PER_TRAINED = 2
 PART_OVERHEAD = 256  # tokens that a further pass of the model is worth: fewer of padding are not worth one
 
-Part = dict[str, Tensor]
+
+@dataclass(slots=True)
+class PackedBatch:
+    """One pass of a model over packed sequences: b rows, L columns, n sequences, m response tokens; integers all.
+
+    A flat place is row * L + column. Accelerate's loaders move it by `to`, as they do tensors.
+    """
+
+    input_ids: Tensor  # (b, L)
+    position_ids: Tensor  # (b, L), counted in each sequence by itself
+    attention_mask: Tensor  # (b, L), 0 for padding
+    sequences: Tensor  # (n,), their numbers, counted through all groups
+    ends: Tensor  # (n,), flat place of the token whose hidden state each is scored on
+    targets: Tensor  # (m,), the response tokens
+    sources: Tensor  # (m,), flat place of the token before each, whose hidden state predicts it
+    owners: Tensor  # (m,), number of the sequence that each belongs to
+    columns: Tensor  # (m,), its place in the response
+    segments: Tensor | None = None  # (b, L), 0 for what a row's sequences share, k for the k-th's own, -1 for padding
+
+    def to(self, device: torch.device | str | int | None, non_blocking: bool = False) -> "PackedBatch":
+        """The same batch on another device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedBatch":
+        """The same batch in page-locked memory: a loader with `pin_memory` calls this."""
+        return self._each(Tensor.pin_memory)
+
+    def model_inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the model takes: `input_ids`, `position_ids`, and an `attention_mask`.
+
+        The mask is (b, L) where every row is one sequence, else additive (b, 1, L, L) of `dtype`: 0 where i may see j,
+        that is j <= i, and j is common or of i's own sequence.
+        """
+        inputs = {name: getattr(self, name) for name in ("input_ids", "position_ids", "attention_mask")}
+        if self.segments is None:
+            return inputs
+        width = self.segments.shape[1]
+        causal = torch.ones(width, width, dtype=torch.bool, device=self.segments.device).tril()
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        seen = causal & ((key == 0) | (key == query)) & (key >= 0)
+        seen |= torch.eye(width, dtype=torch.bool, device=seen.device)  # padding sees itself: no softmax of nothing
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return inputs | {"attention_mask": mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {k: None if tensor is None else change(tensor) for k, tensor in tensors.items()}
+        return PackedBatch(**changed)
+
+
+class _Member(NamedTuple):
+    number: int  # of the sequence, counted through all groups
+    ids: list[int]
+    start: int  # of its response
+    end: int  # tokens up to and with the one that its score is read on
+
+
+class _Row(NamedTuple):
+    width: int
+    common: int  # tokens that all members start with and that are laid out once
+    members: list[_Member]
 
 
 def pack(
@@ -29,7 +90,8 @@ def pack(
     share: bool = True,
     max_columns: int | None = None,
     max_tokens: int | None = None,
-) -> list[Part]:
+    ends: Sequence[Sequence[int]] | None = None,
+) -> list[PackedBatch]:
     """Lay out groups of token sequences in as few columns as pay off.
 
     Args:
@@ -39,73 +101,56 @@ def pack(
         share: False lays every sequence out in a row of its own.
         max_columns: The widest row that the model can take; a group that would be wider is not shared.
         max_tokens: The largest part, padding included; a wider row is a part of its own.
+        ends: For each sequence the number of tokens up to and with the one that its score is read on. Default: all.
 
     Returns:
-        Parts, each a dict of tensors for `part_inputs` and the reader of its hidden states. With b rows and L columns,
-        n sequences in it and m response tokens:
-
-        `input_ids`, `position_ids`, `attention_mask` (b, L); `sequences` (n,): their numbers, counted through all
-        groups; `ends` (n,): flat places (row * L + column) of their last tokens; `targets` (m,): response tokens;
-        `sources` (m,): flat place of the token before each, whose hidden state predicts it; `owners` (m,): number of
-        the sequence that each belongs to; `columns` (m,): its place in the response. And `segments` (b, L) where a row
-        holds several sequences: 0 for what they have in common, k for the own tokens of the k-th, -1 for padding.
+        Parts, the widest first.
 
     Raises:
-        ValueError: A group without sequences, or a start outside its sequence.
+        ValueError: A group without sequences, or a start or an end outside its sequence.
     """
-    rows, number = [], 0
-    for group, group_starts in zip(groups, starts, strict=True):
+    if ends is None:
+        ends = [[len(ids) for ids in group] for group in groups]
+    rows: list[_Row] = []
+    number = 0
+    for group, group_starts, group_ends in zip(groups, starts, ends, strict=True):
         if not group:
             raise ValueError("a group has no sequence: leave out prompts without a response.")
-        for ids, start in zip(group, group_starts, strict=True):
+        members = []
+        for ids, start, end in zip(group, group_starts, group_ends, strict=True):
             if not 1 <= start <= len(ids):
                 raise ValueError(
                     f"a response starts at token {start} of a sequence of {len(ids)} tokens: a prompt of at least one "
                     "token is needed."
                 )
-        numbered = list(range(number, number + len(group)))
-        number += len(group)
+            if not 1 <= end <= len(ids):
+                raise ValueError(
+                    f"the score of a sequence of {len(ids)} tokens is to be read on token {end}: give 1 to {len(ids)}."
+                )
+            members.append(_Member(number, ids, start, end))
+            number += 1
         common = _common_prefix(group) if share and len(group) > 1 else 0
         width = common + sum(len(ids) - common for ids in group)
         if common and (max_columns is None or width <= max_columns):
-            rows.append((width, common, list(zip(numbered, group, group_starts, strict=True))))
+            rows.append(_Row(width, common, members))
         else:
-            rows += [(len(ids), 0, [(i, ids, s)]) for i, ids, s in zip(numbered, group, group_starts, strict=True)]
-    rows.sort(key=lambda row: row[0])
+            rows += [_Row(len(member.ids), 0, [member]) for member in members]
+    rows.sort(key=lambda row: row.width)
     parts, stop = [], len(rows)
-    for start in reversed(_cuts([row[0] for row in rows], max_tokens)):
-        parts.append(_part(rows[start:stop], pad_token_id))
+    for start in reversed(_cuts([row.width for row in rows], max_tokens)):
+        parts.append(_laid_out(rows[start:stop], pad_token_id))
         stop = start
     return parts
 
 
-def part_inputs(part: Part, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the model takes: `input_ids`, `position_ids`, and an `attention_mask`.
-
-    The mask is (b, L) where every row is one sequence, else additive (b, 1, L, L) of `dtype`: 0 where i may see j, that
-    is j <= i, and j is common or of i's own sequence.
-    """
-    inputs = {name: part[name] for name in ("input_ids", "position_ids", "attention_mask")}
-    if "segments" not in part:
-        return inputs
-    segments = part["segments"]
-    width = segments.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
-    query, key = segments[:, :, None], segments[:, None, :]
-    seen = causal & ((key == 0) | (key == query)) & (key >= 0)
-    seen |= torch.eye(width, dtype=torch.bool, device=segments.device)  # padding sees itself: no softmax of nothing
-    mask = torch.zeros(seen.shape, dtype=dtype, device=segments.device)
-    return inputs | {"attention_mask": mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]}
-
-
-def in_order(parts: Sequence[Part], per_sequence: Sequence[Tensor]) -> Tensor:
+def in_order(parts: Sequence[PackedBatch], per_sequence: Sequence[Tensor]) -> Tensor:
     """Concatenate per-sequence results of the parts, (n, ...) each, in the order of the sequences' numbers."""
-    numbers = torch.cat([part["sequences"] for part in parts])
+    numbers = torch.cat([part.sequences for part in parts])
     return torch.cat(list(per_sequence))[numbers.argsort()]
 
 
 def by_sequence(
-    parts: Sequence[Part], per_token: Sequence[Tensor], shape: tuple[int, int] | None = None
+    parts: Sequence[PackedBatch], per_token: Sequence[Tensor], shape: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Results for the response tokens of the parts, (m,) each, as one row per sequence.
 
@@ -117,9 +162,9 @@ def by_sequence(
         (values, mask), both (N, T): row i is sequence i, its response starting at column 0; values are 0 and mask is
         False where it has ended.
     """
-    owners, columns = (torch.cat([part[name] for part in parts]) for name in ("owners", "columns"))
+    owners, columns = (torch.cat([getattr(part, name) for part in parts]) for name in ("owners", "columns"))
     if shape is None:
-        count, longest = sum(len(part["sequences"]) for part in parts), int(columns.max()) + 1 if len(columns) else 0
+        count, longest = sum(len(part.sequences) for part in parts), int(columns.max()) + 1 if len(columns) else 0
         shape = count, longest
     values = torch.cat(list(per_token))
     mask = torch.zeros(shape, dtype=torch.bool, device=owners.device)
@@ -154,28 +199,29 @@ def _cuts(widths: list[int], max_tokens: int | None) -> list[int]:
     return starts[::-1]
 
 
-def _part(rows: list[tuple[int, int, list[Any]]], pad_token_id: int) -> Part:
-    width = max(row[0] for row in rows)
+def _laid_out(rows: list[_Row], pad_token_id: int) -> PackedBatch:
+    width = max(row.width for row in rows)
     layout = {"input_ids": pad_token_id, "position_ids": 0, "attention_mask": 0, "segments": -1}
     grids = {name: torch.full((len(rows), width), fill, dtype=torch.long) for name, fill in layout.items()}
     flat: dict[str, list[int]] = {name: [] for name in ("sequences", "ends", "targets", "sources", "owners", "columns")}
-    for r, (used, common, members) in enumerate(rows):
-        ids, positions, segments = list(members[0][1][:common]), list(range(common)), [0] * common
-        for k, (number, sequence, start) in enumerate(members, start=1):
+    for r, row in enumerate(rows):
+        common = row.common
+        ids, positions, segments = list(row.members[0].ids[:common]), list(range(common)), [0] * common
+        for k, member in enumerate(row.members, start=1):
             shift = r * width + len(ids) - common  # flat place of an own token, less its position
-            own, response = len(sequence) - common, len(sequence) - start
-            ids += sequence[common:]
-            positions += range(common, len(sequence))
-            segments += [k] * own
-            places = [*range(r * width, r * width + common), *range(shift + common, shift + len(sequence))]
-            flat["sequences"].append(number)
-            flat["ends"].append(places[-1])
-            flat["targets"] += sequence[start:]
-            flat["sources"] += places[start - 1 : -1]
-            flat["owners"] += [number] * response
+            length, response = len(member.ids), len(member.ids) - member.start
+            ids += member.ids[common:]
+            positions += range(common, length)
+            segments += [k] * (length - common)
+            places = [*range(r * width, r * width + common), *range(shift + common, shift + length)]
+            flat["sequences"].append(member.number)
+            flat["ends"].append(places[member.end - 1])
+            flat["targets"] += member.ids[member.start :]
+            flat["sources"] += places[member.start - 1 : -1]
+            flat["owners"] += [member.number] * response
             flat["columns"] += range(response)
-        for name, values in zip(layout, (ids, positions, [1] * used, segments), strict=True):
-            grids[name][r, :used] = torch.tensor(values)
-    if all(len(members) == 1 for _, _, members in rows):
+        for name, values in zip(layout, (ids, positions, [1] * row.width, segments), strict=True):
+            grids[name][r, : row.width] = torch.tensor(values)
+    if all(len(row.members) == 1 for row in rows):
         del grids["segments"]
-    return grids | {name: torch.tensor(values, dtype=torch.long) for name, values in flat.items()}
+    return PackedBatch(**grids, **{name: torch.tensor(values, dtype=torch.long) for name, values in flat.items()})

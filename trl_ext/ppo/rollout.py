@@ -11,7 +11,7 @@ from trl_ext.ops.advantages import gae
 from trl_ext.ops.ensemble import combine_scores
 from trl_ext.ops.kl import kl_estimate
 from trl_ext.ops.masking import masked_whiten
-from trl_ext.ops.packing import Part, pack
+from trl_ext.ops.packing import PackedBatch, pack
 from trl_ext.ppo.rewards import token_rewards
 from trl_ext.roles import Role, SharedBaseModel
 
@@ -69,7 +69,7 @@ class Rollout:
         tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, truncated)
         return cls(*(t.to(device) for t in tensors))
 
-    def parts(self, max_tokens: int | None = None) -> list[Part]:
+    def parts(self, max_tokens: int | None = None) -> list[PackedBatch]:
         """The sequences without padding between prompt and completion, those of like length together.
 
         Args:
@@ -81,7 +81,7 @@ class Rollout:
         sequences = [[row[end - prompt : end + completion]] for row, prompt, completion in rows]
         parts = pack(sequences, [[n] for n in prompts], pad_token_id=0, share=False, max_tokens=max_tokens)
         device = self.prompt_ids.device
-        return [{name: tensor.to(device) for name, tensor in part.items()} for part in parts]
+        return [part.to(device) for part in parts]
 
 
 def _pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -182,7 +182,7 @@ class RewardModelTrainer(RewardTrainer):
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
         metrics, rows = self._metrics[mode], len(inputs["prompts"])
         if mode == "train":
-            tokens = sum(part["attention_mask"].sum() for part in inputs["parts"])
+            tokens = sum(part.attention_mask.sum() for part in inputs["parts"])
             self._total_train_tokens += int(
                 self.accelerator.gather(torch.as_tensor(tokens, device=scores.device)).sum()
             )

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_ext.ops.packing import Part, in_order, pack, part_inputs
+from trl_ext.ops.packing import PackedBatch, in_order, pack
 
 # Largest relative difference of hidden states, packed and alone, that is rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
-def packed_hidden_states(backbone: Any, part: Part) -> Tensor:
+def packed_hidden_states(backbone: Any, part: PackedBatch) -> Tensor:
     """(b * L, H): last hidden states of a part's tokens, to be picked by its `ends` and `sources`."""
-    inputs = part_inputs(part, backbone.dtype)
+    inputs = part.model_inputs(backbone.dtype)
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         del inputs["position_ids"]  # each row is one sequence, padded on the right: the model's own positions are these
     return backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -69,6 +69,6 @@ def can_share_prompts(backbone: Any) -> bool:
     return not reason
 
 
-def _last_states(backbone: Any, parts: list[Part], device: torch.device) -> Tensor:
-    parts = [{name: tensor.to(device) for name, tensor in part.items()} for part in parts]
-    return in_order(parts, [packed_hidden_states(backbone, part)[part["ends"]] for part in parts]).float()
+def _last_states(backbone: Any, parts: list[PackedBatch], device: torch.device) -> Tensor:
+    parts = [part.to(device) for part in parts]
+    return in_order(parts, [packed_hidden_states(backbone, part)[part.ends] for part in parts]).float()

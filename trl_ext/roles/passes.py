@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trl_ext.ops.logprobs import token_logprobs
-from trl_ext.ops.packing import Part, by_sequence, in_order
+from trl_ext.ops.packing import PackedBatch, by_sequence, in_order
 from trl_ext.roles.adapters import RewardScale
 from trl_ext.roles.packed import packed_hidden_states
 from trl_ext.roles.role import Role, RoleSwitch
@@ -74,7 +74,7 @@ class RolePasses:
 
     def _forward_packed(
         self,
-        parts: list[Part],
+        parts: list[PackedBatch],
         roles: tuple[Role, ...],
         *,
         temperature: float = 1.0,
@@ -95,12 +95,12 @@ class RolePasses:
             wanted = entropy if role is Role.POLICY else None
             with self.role(role), torch.set_grad_enabled(torch.is_grad_enabled() and role is not Role.REFERENCE):
                 for part in parts:
-                    hidden = packed_hidden_states(backbone, part).index_select(0, part["sources"])
+                    hidden = packed_hidden_states(backbone, part).index_select(0, part.sources)
                     if role is Role.CRITIC:
                         per_token.append(self.heads["critic"](hidden))
                         continue
                     logps, nats = self._logprobs(
-                        hidden, part["targets"], temperature, wanted is not None, wanted == "gradient"
+                        hidden, part.targets, temperature, wanted is not None, wanted == "gradient"
                     )
                     per_token.append(logps)
                     entropies.append(nats)
@@ -184,12 +184,12 @@ class RolePasses:
         return self._members(lambda: self.hidden_states(input_ids, attention_mask)[rows, last])
 
     @torch.no_grad()
-    def score_parts(self, parts: list[Part]) -> torch.Tensor:
+    def score_parts(self, parts: list[PackedBatch]) -> torch.Tensor:
         """`score_members` of sequences laid out by `ops.packing.pack`, (N, K)."""
         backbone = self.get_base_model().base_model
 
         def last_states() -> torch.Tensor:
-            states = (packed_hidden_states(backbone, part).index_select(0, part["ends"]) for part in parts)
+            states = (packed_hidden_states(backbone, part).index_select(0, part.ends) for part in parts)
             return in_order(parts, list(states))
 
         return self._members(last_states)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from trl_ext.ops.logprobs import token_logprobs
-from trl_ext.ops.packing import Part, in_order
+from trl_ext.ops.packing import PackedBatch, in_order
 from trl_ext.roles.adapters import (
     HEAD_KEY,
     RewardScale,
@@ -121,7 +121,9 @@ class RewardModel(PeftModelForSequenceClassification):
         set_peft_model_state_dict(self, {**weights, HEAD_KEY: adapter.head}, adapter_name=ADAPTER)
         self.scale = adapter.scale
 
-    def forward(self, *args: Any, parts: list[Part] | None = None, lm_of: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, parts: list[PackedBatch] | None = None, lm_of: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """As a plain classifier without `parts`; else scores of packed sequences, in this single call.
 
         Args:
@@ -138,11 +140,11 @@ class RewardModel(PeftModelForSequenceClassification):
         for part in parts:
             hidden = packed_hidden_states(self.backbone, part)
             with torch.autocast(hidden.device.type, enabled=False):  # a reward is a regression target: float32
-                ends = hidden[part["ends"]].float()
+                ends = hidden[part.ends].float()
                 scores.append(nn.functional.linear(ends, self.head_weight.float()).squeeze(-1))
             if lm_of is not None:
-                wanted = lm_of[part["owners"]]
-                logps.append(self._logps(hidden[part["sources"][wanted]], part["targets"][wanted]))
+                wanted = lm_of[part.owners]
+                logps.append(self._logps(hidden[part.sources[wanted]], part.targets[wanted]))
         outputs = {"scores": in_order(parts, scores)}
         return outputs if lm_of is None else outputs | {"logps": torch.cat(logps)}
 

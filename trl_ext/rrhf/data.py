@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
 
-from trl_ext.ops.packing import Part, pack
+from trl_ext.ops.packing import PackedBatch, pack
 
 LOGGER = logging.getLogger(__name__)
 DEFAULT_MAX_LENGTH = 1024
@@ -45,7 +45,7 @@ class RankedRow:
 class RankedBatch:
     """N responses to G prompts."""
 
-    parts: list[Part]  # all N, laid out by `ops.packing.pack`
+    parts: list[PackedBatch]  # all N, laid out by `ops.packing.pack`
     rewards: Tensor  # (N,) float32
     group: Tensor  # (N,) int64, the number of the prompt that each answers, 0 to G - 1
 
@@ -255,7 +255,7 @@ def to_batch(
     parts = pack(groups, starts, pad_token_id, share=share, max_columns=max_columns)
     sizes = torch.tensor([len(row.response_ids) for row in rows])
     return RankedBatch(
-        parts=[{name: tensor.to(device) for name, tensor in part.items()} for part in parts],
+        parts=[part.to(device) for part in parts],
         rewards=torch.tensor([score for row in rows for score in row.scores], device=device),
         group=torch.arange(len(rows)).repeat_interleave(sizes).to(device),
     )
