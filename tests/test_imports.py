@@ -1,6 +1,7 @@
 """Who may import whom, read from the source: every import statement counts, also one inside a function.
 
-scripts -> <method>/trainer -> <method>/{rollout, rewards, losses, data, config} -> text, scoring, generation -> roles -> ops
+scripts -> <method>/trainer -> <method>/{rollout, rewards, losses, data, config} -> text, scoring, generation -> roles ->
+ops
 """
 
 import ast

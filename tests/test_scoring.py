@@ -210,8 +210,8 @@ def test_a_sampled_answer_scores_as_the_conversation_did_in_training(chatml, tmp
     tokenizer.pad_token = pad
     user = [{"role": "user", "content": "Hi"}]
     answers = ["Yes", "No, never."]
-    rows = [{"prompt": user} | dict(zip(("chosen", "rejected"), [[{"role": "assistant", "content": a}] for a in order], strict=True))
-            for order in (answers, answers[::-1])]  # fmt: skip
+    turns = [[{"role": "assistant", "content": answer}] for answer in answers]
+    rows = [{"prompt": user, "chosen": a, "rejected": b} for a, b in (turns, turns[::-1])]
     trained = reward_adapter(base, tmp_path / "rm", tokenizer, rows)
     expected = []
     for answer in answers:

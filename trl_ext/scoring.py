@@ -299,7 +299,9 @@ def role_scores(
     training = model.training
     model.eval()
     try:
-        members = model.score_parts([part.to(model.input_device) for part in parts])
+        members = model.score_parts(
+            [part.to(model.get_base_model().get_input_embeddings().weight.device) for part in parts]
+        )
     finally:
         model.train(training)
     bad = (~members.isfinite()).any(1).nonzero().flatten().tolist()
@@ -387,7 +389,7 @@ class ResponseScorer:
         if not math.isfinite(role_weight):
             raise ValueError(f"reward_role_weight={role_weight!r}: give a finite number.")
         self.model = model if model is not None and model.has_role(Role.REWARD) else None
-        device = None if model is None else model.input_device
+        device = None if model is None else model.get_base_model().get_input_embeddings().weight.device
         self.sources = RewardSources(
             reward_funcs, reward_weights, has_reward_role=self.model is not None, device=device
         )
