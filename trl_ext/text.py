@@ -208,11 +208,8 @@ class TextEncoder:
         return max(len(ending or []) - 1, 0)
 
     def score_length(self, ids: Sequence[int]) -> int:
-        """Number of tokens up to and with the last one that is not padding: where a classifier reads its score."""
-        length = len(ids)
-        while length > 1 and ids[length - 1] == self.pad_id:
-            length -= 1
-        return length
+        """`score_length` for this tokenizer's padding."""
+        return score_length(ids, self.pad_id)
 
     def response_text(self, prompt: Prompt, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
         """Text that sampled tokens add to their prompt; decoded behind a plain prompt, a leading space stays."""
@@ -250,6 +247,14 @@ class TextEncoder:
         bordered = not tail or (bool(ends) and ends[0] == 0)  # an end token never melts into the word before it
         parted = whole.startswith(header) and joined and bordered
         return _Turn(tail if parted else None, behind, opening[-1] if opening else "")
+
+
+def score_length(ids: Sequence[int], pad_id: int) -> int:
+    """Number of tokens up to and with the last one that is not padding: where a classifier reads its score."""
+    length = len(ids)
+    while length > 1 and ids[length - 1] == pad_id:
+        length -= 1
+    return length
 
 
 def check_tokenizer(tokenizer: Any) -> None:

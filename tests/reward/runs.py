@@ -76,7 +76,7 @@ def config(folder: Path, **options) -> RewardModelConfig:
 
 def trainer(base: Path, folder: Path, *, dataset=None, model=None, **options) -> RewardModelTrainer:
     """`options` are those of the trainer or the config. The adapter is not the fresh one: its scores differ."""
-    names = ("eval_dataset", "reference_dataset", "callbacks", "quantization_config", "compute_metrics")
+    names = ("eval_dataset", "reference_dataset", "callbacks", "quantization_config")
     own = {name: options.pop(name) for name in names if name in options}
     made = RewardModelTrainer(
         str(base) if model is None else model,

@@ -9,6 +9,7 @@ from datasets import Dataset
 from tests.ppo import tiny
 from trl_ext.reward.config import RewardModelConfig
 from trl_ext.reward.data import PreferenceCollator, overlap, tokenize_preferences
+from trl_ext.text import TextEncoder
 
 PROMPT, GOOD, BAD = "w0 w1", " w2 w3 w4", " w5"
 
@@ -32,7 +33,7 @@ def ranking(responses=("w2 w3", "w4", "w5"), scores=(1.0, 3.0, 2.0), **fields):
 
 def tokenize(*rows, name="train_dataset", **options):
     args = RewardModelConfig("unused", report_to="none", use_cpu=True, disable_tqdm=True, **options)
-    return tokenize_preferences(Dataset.from_list(list(rows)), tiny.tiny_tokenizer(), args, name)
+    return tokenize_preferences(Dataset.from_list(list(rows)), TextEncoder(tiny.tiny_tokenizer()), args, name)
 
 
 def texts(row):
@@ -211,7 +212,7 @@ def test_a_margin_that_is_no_number_is_an_error_that_names_the_row(value):
 def test_a_dataset_that_cannot_be_used_is_an_error(dataset, options, error, match):
     args = RewardModelConfig("unused", report_to="none", use_cpu=True, disable_tqdm=True, **options)
     with pytest.raises(error, match=match):
-        tokenize_preferences(dataset, tiny.tiny_tokenizer(), args, "train_dataset")
+        tokenize_preferences(dataset, TextEncoder(tiny.tiny_tokenizer()), args, "train_dataset")
 
 
 def test_only_training_rows_need_the_columns_that_the_options_read():

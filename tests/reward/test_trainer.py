@@ -15,6 +15,7 @@ from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
+from tests import chat
 from tests.ppo import tiny
 from tests.reward import runs
 from trl_ext import Role, SharedBaseModel
@@ -550,3 +551,62 @@ def test_the_critic_of_ppo_starts_from_what_was_trained(finished, base):
     reward, critic = (model.adapter_weights(role) for role in (Role.REWARD, Role.CRITIC))
     assert all(torch.equal(reward.weights[name], critic.weights[name]) for name in reward.weights)
     torch.testing.assert_close(critic.head, reward.head / finished.model.scale.std)
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<|im_end|>"], ids=["own pad", "pad is eos"])
+def test_a_score_is_trained_where_trl_trains_it(tmp_path, pad):
+    """A template with text behind the end token, and a tokenizer whose padding is its end token."""
+    tokenizer = chat.tokenizer_of(chat.CHATML, "<|im_end|>", pad_token=pad)
+    config = tiny.tiny_config(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    user = [{"role": "user", "content": "Hi"}]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("Yes", "No, never."))
+    plain = {"prompt": "Hi", "chosen": " Yes", "rejected": " No, never."}
+    for rows in ([{"prompt": user, "chosen": chosen, "rejected": rejected}] * 2, [plain] * 2):
+        dataset = runs.Dataset.from_list(rows)
+        ours = runs.trainer(tmp_path / "base", tmp_path / "ours", dataset=dataset)
+        ours.save_model()
+        classifier = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "ours", num_labels=1)
+        classifier.config.pad_token_id = tokenizer.pad_token_id
+        theirs = RewardTrainer(
+            classifier,
+            args=RewardConfig(str(tmp_path / "theirs"), use_cpu=True, bf16=False, report_to="none"),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+        collated = theirs.data_collator([theirs.train_dataset[0]])
+        with torch.no_grad():
+            inputs = {name: collated[name] for name in ("input_ids", "attention_mask")}
+            expected = classifier.eval()(**inputs).logits[:, 0].tolist()
+        scores = ours.score(dataset)
+        assert [scores["chosen"][0].item(), scores["rejected"][0].item()] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_that_is_trained_on_loses_its_old_scale(finished, base, tmp_path):
+    model = RewardModel(load_base(str(base)), tiny.lora("SEQ_CLS"))
+    model.load(finished.args.output_dir)
+    assert model.scale is not None
+    trainer = RewardModelTrainer(model, runs.config(tmp_path, normalize_rewards=False), runs.pairs())
+    trainer.train()
+    trainer.save_model()
+    assert not (tmp_path / "reward_scale.json").exists()
+
+
+def test_tokens_are_counted_on_after_a_resume(base, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = runs.trainer(base, tmp_path / "whole", **options)
+    whole.train()
+    resumed = runs.trainer(base, tmp_path / "whole", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    counts = [[e["num_tokens"] for e in t.state.log_history if "num_tokens" in e] for t in (whole, resumed)]
+    assert counts[0] == counts[1]
+    assert len(set(counts[0])) == 4
+
+
+def test_rows_longer_than_the_models_positions_are_left_out_and_counted(base, tmp_path):
+    rows = runs.Dataset.from_list([*runs.pairs(4), {"prompt": "w0", "chosen": " w1" * 70, "rejected": " w2"}])
+    trainer = runs.trainer(base, tmp_path, dataset=rows)
+    assert trainer.reports["train_dataset"].dropped == {"longer than the model's 64 positions": 1}

@@ -1,29 +1,39 @@
 """The model card of a published reward model."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any
 
 from trl_ext.cards import card_header, course_table, whole_card
 from trl_ext.reward.metrics import result_rows
-
-if TYPE_CHECKING:
-    from trl_ext.reward.trainer import RewardModelTrainer
+from trl_ext.roles import RewardScale
 
 COLUMNS = ("step", "loss", "accuracy", "margin", "mean_reward", "learning_rate")
 TAGS = ("reward-model", "rlhf", "lora", "trl", "trl_ext")
 
 
 def model_card(
-    trainer: "RewardModelTrainer",
+    args: Any,
+    base: str,
+    scale: RewardScale | None,
+    results: dict[str, Any],
+    history: Sequence[dict[str, Any]],
     model_name: str | None = None,
     dataset_name: str | None = None,
     tags: str | list[str] | None = None,
 ) -> str:
-    """Markdown with a Hub header: base, how to load, evaluation, the stored scale, options, the course of the run."""
-    base = str(trainer.model.get_base_model().name_or_path)
-    scale = trainer.model.scale
+    """Markdown with a Hub header: base, how to load, evaluation, the stored scale, options, the course of the run.
+
+    Args:
+        args: `RewardModelConfig`.
+        base: Name or folder of the base.
+        scale: Stored with the adapter.
+        results: Of `reward.metrics.evaluate_pairs`; empty: not evaluated.
+        history: The trainer's log.
+        model_name, dataset_name, tags: As in `Trainer.create_model_card`.
+    """
     evaluation = ["It has not been evaluated."]
-    if trainer.evaluation:
-        rows = result_rows(trainer.evaluation)
+    if results:
+        rows = result_rows(results)
         evaluation = ["| | |", "| --- | --- |", *(f"| {label} | {value} |" for label, value in rows)]
     body = [
         f"A reward model: a LoRA adapter and a scalar head on `{base}`, trained with trl_ext.",
@@ -46,5 +56,5 @@ def model_card(
         f"{scale.std:.4g}. `trl_ext.SharedBaseModel` takes them off; plain PEFT computes raw scores.",
     ]
     header = card_header(base, "text-classification", TAGS, tags, dataset_name)
-    course = course_table(trainer.state.log_history, COLUMNS, "accuracy")
-    return whole_card(trainer.args, header, model_name, body, course)
+    course = course_table(history, COLUMNS, "accuracy")
+    return whole_card(args, header, model_name, body, course)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -13,27 +13,27 @@ from tqdm.auto import tqdm
 
 from trl_ext.data import ConversionReport, RowError, check_preference_row, check_ranking_row
 from trl_ext.ops.packing import pack
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from trl_ext.reward.config import RewardModelConfig
+from trl_ext.reward.config import RewardModelConfig
+from trl_ext.text import TextEncoder, score_length
 
 TRAINING = "train_dataset"
 PAIR, RANKING = {"chosen", "rejected"}, {"prompt", "responses", "scores"}
 
 
-def prepare_tokenizer(tokenizer: "PreTrainedTokenizerBase", args: "RewardModelConfig") -> None:
-    """Set the `eos_token` and the chat template that `args` ask for, which `RewardTrainer` would do after tokenizing.
+def prepare_tokenizer(tokenizer: Any, args: RewardModelConfig) -> None:
+    """Set the special tokens and the chat template that `args` ask for, which `RewardTrainer` does after tokenizing.
 
     Raises:
-        ValueError: The token is not in the vocabulary, or the template is not a file: cloning one from a Hub id adds
+        ValueError: A token is not in the vocabulary, or the template is not a file: cloning one from a Hub id adds
             tokens to the embeddings, which adapters on one base share.
     """
-    if args.eos_token is not None:
-        if args.eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"eos_token={args.eos_token!r} is not in the vocabulary of the tokenizer.")
-        tokenizer.eos_token = args.eos_token
+    for name in ("eos_token", "pad_token"):
+        token = getattr(args, name)
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise ValueError(f"{name}={token!r} is not in the vocabulary of the tokenizer.")
+        setattr(tokenizer, name, token)
     if args.chat_template_path is not None:
         path = Path(args.chat_template_path)
         if not path.is_file():
@@ -44,7 +44,7 @@ def prepare_tokenizer(tokenizer: "PreTrainedTokenizerBase", args: "RewardModelCo
         tokenizer.chat_template = path.read_text(encoding="utf-8")
 
 
-def check_columns(dataset: Any, name: str, args: "RewardModelConfig") -> None:
+def check_columns(dataset: Any, name: str, args: RewardModelConfig) -> None:
     """Whether the columns are there that the rows need, and in training those that the options read.
 
     Raises:
@@ -79,15 +79,16 @@ def check_columns(dataset: Any, name: str, args: "RewardModelConfig") -> None:
 
 
 def tokenize_preferences(
-    dataset: Dataset, tokenizer: "PreTrainedTokenizerBase", args: "RewardModelConfig", name: str
+    dataset: Dataset, encoder: TextEncoder, args: RewardModelConfig, name: str, positions: int | None = None
 ) -> tuple[Dataset, ConversionReport]:
     """Check and tokenise every row; those that cannot be used are counted by reason.
 
     Args:
         dataset: Pairs or rankings, plain or conversational.
-        tokenizer: With a chat template, if rows are conversations. Plain texts get its eos token at their end.
+        encoder: Of a tokenizer with a chat template, if rows are conversations.
         args: For `max_length` and the options that read columns.
         name: Whose rows they are, for errors and the progress bar; only `train_dataset` must have those columns.
+        positions: Of the model; longer rows are left out too.
 
     Returns:
         Columns `row`, its index in the dataset given; `ids` (K token sequences, best first); `prompt_length`; `ranks`
@@ -108,10 +109,12 @@ def tokenize_preferences(
         margin = _number(row[margin_column], margin_column, index, name) if has_margin else 0.0
         smoothed = args.label_smoothing_on == "all" or bool(row.get("suspected"))
         try:
-            tokens = _ranking(row, tokenizer) if is_ranking else _pair(row, tokenizer)
+            tokens = _ranking(row, encoder) if is_ranking else _pair(row, encoder)
             longest = max(map(len, tokens["ids"]))
             if args.max_length is not None and longest > args.max_length:
                 raise RowError(f"longer than max_length={args.max_length} tokens", f"{longest} tokens")
+            if positions is not None and longest > positions:
+                raise RowError(f"longer than the model's {positions} positions", f"{longest} tokens")
         except RowError as error:
             report.drop(index, error)
             continue
@@ -141,25 +144,22 @@ def _number(value: Any, column: str, index: int, name: str) -> float:
     return number
 
 
-def _pair(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def _pair(row: Mapping[str, Any], encoder: TextEncoder) -> dict[str, Any]:
     record = check_preference_row(row)
-    ids, start = _encode(record["prompt"], [record["chosen"], record["rejected"]], tokenizer)
+    ids, start = _encode(record["prompt"], [record["chosen"], record["rejected"]], encoder)
     if ids[0] == ids[1]:
         raise RowError("chosen equals rejected once tokenized")
     return {"ids": ids, "prompt_length": start, "ranks": [0, 1]}
 
 
-def _ranking(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def _ranking(row: Mapping[str, Any], encoder: TextEncoder) -> dict[str, Any]:
     record = check_ranking_row(row)
     scores = record["scores"]
     if len(set(scores)) == 1:
         raise RowError("all scores of a ranking are equal", f"{scores[0]}")
     order = sorted(range(len(scores)), key=lambda k: -scores[k])
-    conversational = not isinstance(record["prompt"], str)
     responses: list[Any] = [record["responses"][k] for k in order]
-    if conversational:
-        responses = [[{"role": "assistant", "content": text}] for text in responses]
-    ids, start = _encode(record["prompt"], responses, tokenizer)
+    ids, start = _encode(record["prompt"], responses, encoder)
     better = sorted(set(scores), reverse=True)
     ranks = [better.index(scores[k]) for k in order]
     responses = list(map(tuple, ids))
@@ -168,16 +168,9 @@ def _ranking(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> di
     return {"ids": ids, "prompt_length": start, "ranks": ranks}
 
 
-def _encode(prompt: Any, responses: list[Any], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[list[int]], int]:
+def _encode(prompt: Any, responses: list[Any], encoder: TextEncoder) -> tuple[list[list[int]], int]:
     """Token ids of prompt and response, each of them, and how many of them are the prompt's."""
-    if isinstance(prompt, str):
-        eos = tokenizer.eos_token or ""
-        texts = [prompt + text if text.endswith(eos) else prompt + text + eos for text in responses]
-        ids = [tokenizer(text)["input_ids"] for text in texts]
-        alone = tokenizer(prompt)["input_ids"]
-    else:
-        ids = [tokenizer.apply_chat_template(prompt + text, tokenize=True, return_dict=False) for text in responses]
-        alone = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)
+    ids, alone = [encoder.rendered_ids(prompt, response) for response in responses], encoder.prompt_ids(prompt)
     shortest = min([len(alone), *(len(sequence) - 1 for sequence in ids)])
     start = next((i for i in range(shortest) if any(sequence[i] != alone[i] for sequence in ids)), shortest)
     if start < 1:
@@ -197,7 +190,8 @@ class PreferenceCollator:
 
     The batch of B rows with N responses and P pairs: `prompts` (B,), the length of each prompt; `winners`, `losers`
     (P,), numbers of responses; `rows` (P,), the row of each pair; `weights` (P,), 1 / (pairs in the row) / B;
-    `margins`, `label_smoothing` (P,); `best`, `worst` (B,); `is_best` (N,) bool; `parts` for `RewardModel`.
+    `margins`, `label_smoothing` (P,); `best`, `worst` (B,); `is_best` (N,) bool; `parts` for `RewardModel`, whose
+    scores are read on the last token that is not padding, as transformers' classifiers do.
     """
 
     pad_token_id: int
@@ -234,5 +228,12 @@ class PreferenceCollator:
             "best": torch.tensor(best),
             "worst": torch.tensor(worst),
             "is_best": is_best,
-            "parts": pack(groups, starts, self.pad_token_id, share=self.share, max_columns=self.max_columns),
+            "parts": pack(
+                groups,
+                starts,
+                self.pad_token_id,
+                share=self.share,
+                max_columns=self.max_columns,
+                ends=[[score_length(ids, self.pad_token_id) for ids in group] for group in groups],
+            ),
         }

@@ -8,17 +8,14 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from trl_ext.reward.config import RewardModelConfig
 from trl_ext.roles import RewardModel
-
-if TYPE_CHECKING:
-    from trl_ext.reward.config import RewardModelConfig
-    from trl_ext.reward.trainer import RewardModelTrainer
 
 POLICIES = ("flip", "smooth", "margin", "drop")
 EXAMPLES = 3
@@ -53,12 +50,22 @@ def preference_strength(differences: Tensor) -> tuple[Tensor, Tensor]:
     return differences.mean(0), differences.std(0, unbiased=False)
 
 
+class Trains(Protocol):
+    """What is asked of a member's trainer."""
+
+    def train(self) -> Any: ...
+    def save_model(self) -> None: ...
+
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trains)
+
+
 def train_members(
     model: RewardModel,
-    args: "RewardModelConfig",
+    args: RewardModelConfig,
     seeds: list[int],
-    make_trainer: "Callable[[RewardModel, RewardModelConfig], RewardModelTrainer]",
-) -> "Iterator[RewardModelTrainer]":
+    make_trainer: Callable[[RewardModel, RewardModelConfig], AnyTrainer],
+) -> Iterator[AnyTrainer]:
     """Train one reward adapter after another on one loaded base, each with its own start and order of the data.
 
     A member is saved to `output_dir/member_1`, ... when it is done; one that is there already is loaded instead of

@@ -2,8 +2,6 @@
 
 import logging
 import warnings
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
-    AutoTokenizer,
     BitsAndBytesConfig,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -32,8 +28,9 @@ from trl_ext.reward.data import TRAINING, overlap, prepare_tokenizer, tokenize_p
 from trl_ext.reward.losses import centering_losses, imitation_loss, pair_losses
 from trl_ext.reward.metrics import evaluate_pairs
 from trl_ext.reward.scoring import make_collator, response_lengths, score_batches
-from trl_ext.roles import RewardModel, RewardScale, load_base
+from trl_ext.roles import RewardModel, RewardScale, load_base, load_base_config, max_positions
 from trl_ext.runs import check_finite, check_not_sharded
+from trl_ext.text import TextEncoder, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +51,11 @@ class RewardModelTrainer(RewardTrainer):
             `responses`, `scores`), plain or conversational. `margin`, `strength_mean` and `suspected` columns: see the
             config. Rows that cannot be used are counted in `reports`.
         eval_dataset: The same, or a dict of such.
-        reference_dataset: Rows whose preferred responses the stored scale is measured on. Default: those of
-            `eval_dataset`, else of `train_dataset`.
-        processing_class, compute_metrics, callbacks, optimizers: As in `RewardTrainer`.
+        processing_class, callbacks, optimizers: As in `RewardTrainer`.
         quantization_config: For a model given by id.
         peft_config: LoRA configuration. Default: rank 16 on every linear layer.
+        reference_dataset: Rows whose preferred responses the stored scale is measured on. Default: those of
+            `eval_dataset`, else of `train_dataset`.
 
     Raises:
         ValueError, TypeError: Bad input, before any model is loaded.
@@ -75,13 +72,12 @@ class RewardModelTrainer(RewardTrainer):
         args: RewardModelConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: "Dataset | dict[str, Dataset] | None" = None,
-        reference_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any = None,
+        reference_dataset: Dataset | None = None,
     ):
         base_name = str(model if isinstance(model, str) else model.name_or_path)
         args = args or RewardModelConfig(f"{base_name.split('/')[-1]}-Reward")
@@ -93,10 +89,11 @@ class RewardModelTrainer(RewardTrainer):
         # 1. The data, which can be wrong without a model
         if processing_class is None:
             kept = {k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs}
-            processing_class = AutoTokenizer.from_pretrained(base_name, **kept)
+            processing_class = load_tokenizer(base_name, **kept)
         prepare_tokenizer(processing_class, args)
+        config = load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config
         self.reports: dict[str, ConversionReport] = {}
-        self._tokenizer_for_data, self._args_for_data = processing_class, args
+        self._encoder, self._data_args, self._positions = TextEncoder(processing_class), args, max_positions(config)
         train = self._prepare(TRAINING, train_dataset)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         prepared = {k: self._prepare(f"eval_dataset {k}".strip(), v) for k, v in evals.items() if v is not None}
@@ -136,7 +133,6 @@ class RewardModelTrainer(RewardTrainer):
             train_dataset=train,
             eval_dataset=prepared if isinstance(eval_dataset, dict) else prepared.get(""),
             processing_class=processing_class,
-            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -144,9 +140,8 @@ class RewardModelTrainer(RewardTrainer):
         for parameter, data in trained.items():  # which it casts to bfloat16 on a 4-bit base
             parameter.data = data.to(parameter.device)
         self.evaluation: dict[str, Any] = {}
-        model.model_card = partial(model_card, self)
-        if args.normalize_rewards:
-            self.add_callback(_MeasureScale(self))
+        model.model_card = self._model_card
+        self.add_callback(_ScaleOfScores(self))
 
     # ------------------------------------------------------------------ the seam: loss
 
@@ -182,10 +177,10 @@ class RewardModelTrainer(RewardTrainer):
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
         metrics, rows = self._metrics[mode], len(inputs["prompts"])
         if mode == "train":
-            tokens = sum(part.attention_mask.sum() for part in inputs["parts"])
-            self._total_train_tokens += int(
-                self.accelerator.gather(torch.as_tensor(tokens, device=scores.device)).sum()
-            )
+            tokens = torch.stack([part.attention_mask.sum() for part in inputs["parts"]]).sum()
+            # The trainer's state is part of the checkpoint, `RewardTrainer`'s own count is not
+            self._total_train_tokens = self.state.num_input_tokens_seen + int(self.accelerator.gather(tokens).sum())
+            self.state.num_input_tokens_seen = self._total_train_tokens
         metrics["num_tokens"] = [self._total_train_tokens]
         per_row = torch.zeros(rows, 2, device=scores.device)
         lead = chosen - rejected
@@ -278,7 +273,7 @@ class RewardModelTrainer(RewardTrainer):
             return dataset
         if dataset is None:
             raise ValueError(f"{name} is missing.")
-        tokenized, report = tokenize_preferences(dataset, self._tokenizer_for_data, self._args_for_data, name)
+        tokenized, report = tokenize_preferences(dataset, self._encoder, self._data_args, name, self._positions)
         self.reports[name] = report
         if report.dropped:
             logger.warning("%s: %s", name, report)
@@ -288,16 +283,26 @@ class RewardModelTrainer(RewardTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Our card, where `push_to_hub` and every checkpoint would write TRL's over it."""
-        write_card(self, model_card(self, model_name, dataset_name, tags))
+        write_card(self, self._model_card(model_name, dataset_name, tags))
+
+    def _model_card(self, *about: Any) -> str:
+        base = str(self.model.get_base_model().name_or_path)
+        return model_card(self.args, base, self.model.scale, self.evaluation, self.state.log_history, *about)
 
 
-class _MeasureScale(TrainerCallback):
-    """Measures the scale of the scores when training has ended."""
+class _ScaleOfScores(TrainerCallback):
+    """Measures the scale of the scores when training has ended; until then there is none: the weights are moving."""
 
     def __init__(self, trainer: RewardModelTrainer):
         self.trainer = trainer
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.model.scale = None
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.measure_scale()
+        if self.trainer.args.normalize_rewards:
+            self.trainer.measure_scale()
