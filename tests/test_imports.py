@@ -25,7 +25,7 @@ ALLOWED = {
     "text": set(),
     "generation": {"ops", "roles", "text"},
     "scoring": {"ops", "roles", "text"},
-    "report": {"ops", "roles", "text", "generation", "scoring"},
+    "report": {"ops", "roles", "text", "generation", "scoring", "rrhf"},
     "data": {"ops", "text"},
     "toy": {"ops", "roles", "data"},
     "memory": {"ops", "roles"},

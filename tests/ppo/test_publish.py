@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 
 from tests.ppo import tiny
 from trl_ext import Role
-from trl_ext.cards import ROWS, changed_options
+from trl_ext.report.cards import ROWS, changed_options
 
 IDS = torch.tensor([[6, 7, 8, 9, 1]])
 FILES = {"adapter_config.json", "adapter_model.safetensors"}

@@ -1,7 +1,6 @@
 """PPO-Max on TRL: `RLOOTrainer` with a critic, by two overridden methods (and a model card)."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import RLOOTrainer
 
-from trl_ext.cards import write_card
 from trl_ext.ppo import metrics
 from trl_ext.ppo.card import model_card
 from trl_ext.ppo.checks import check_inputs, reward_list
@@ -23,6 +21,7 @@ from trl_ext.ppo.rewards import shape_scores, weighted_scores
 from trl_ext.ppo.rollout import Rollout, add_advantages, add_kl_and_rewards, score_with_roles
 from trl_ext.ppo.samples import log_samples, log_what_functions_report
 from trl_ext.ppo.state import PPOState, PPOStateCallback
+from trl_ext.report.cards import write_card
 from trl_ext.roles import Role, SharedBaseModel, load_base_config, max_positions, shared_base_model
 from trl_ext.runs import check_finite, check_first_kl, check_not_sharded
 
@@ -131,7 +130,7 @@ class PPOMaxTrainer(RLOOTrainer):
             self.optimizer = optimizer(model.parameter_groups(rates, args.weight_decay), **kwargs)
         self.ppo_state = PPOState(args)
         self.add_callback(PPOStateCallback(self))
-        model.model_card = partial(model_card, self)
+        model.model_card = self._card
         self._ptx = ptx_batches(ptx_dataset, processing_class, args, self.accelerator)
         self.timer = metrics.PhaseTimer()
 
@@ -261,7 +260,14 @@ class PPOMaxTrainer(RLOOTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Our card, where `push_to_hub` and every checkpoint would write TRL's over it."""
-        write_card(self, model_card(self, model_name, dataset_name, tags))
+        if self.is_world_process_zero():
+            write_card(str(self.args.output_dir), self._card(model_name, dataset_name, tags))
+
+    def _card(self, *named: Any) -> str:
+        """The card as text; `named` are the arguments of `create_model_card`."""
+        others = [name for name, role in self.model._adapters.items() if role is not Role.POLICY]
+        base = str(self.model.get_base_model().name_or_path)
+        return model_card(base, others, self.args, self.state.log_history, *named)
 
     # ------------------------------------------------------------------ details
 

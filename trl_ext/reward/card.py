@@ -1,21 +1,20 @@
 """The model card of a published reward model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trl_ext.cards import card_header, course_table, whole_card
+from trl_ext.report.cards import card_header, course_table, whole_card
 from trl_ext.reward.metrics import result_rows
-from trl_ext.roles import RewardScale
 
 COLUMNS = ("step", "loss", "accuracy", "margin", "mean_reward", "learning_rate")
 TAGS = ("reward-model", "rlhf", "lora", "trl", "trl_ext")
 
 
 def model_card(
-    args: Any,
     base: str,
-    scale: RewardScale | None,
-    results: dict[str, Any],
+    scale: Any,
+    results: Mapping[str, Any],
+    args: Any,
     history: Sequence[dict[str, Any]],
     model_name: str | None = None,
     dataset_name: str | None = None,
@@ -24,16 +23,16 @@ def model_card(
     """Markdown with a Hub header: base, how to load, evaluation, the stored scale, options, the course of the run.
 
     Args:
-        args: `RewardModelConfig`.
-        base: Name or folder of the base.
-        scale: Stored with the adapter.
-        results: Of `reward.metrics.evaluate_pairs`; empty: not evaluated.
-        history: The trainer's log.
+        base: Hub id or folder of the base.
+        scale: `RewardScale` of the scores, or None where it was not measured.
+        results: Of `reward.metrics.evaluate_pairs`; empty where nothing was evaluated.
+        args: Configuration of the run.
+        history: Its logs.
         model_name, dataset_name, tags: As in `Trainer.create_model_card`.
     """
     evaluation = ["It has not been evaluated."]
     if results:
-        rows = result_rows(results)
+        rows = result_rows(dict(results))
         evaluation = ["| | |", "| --- | --- |", *(f"| {label} | {value} |" for label, value in rows)]
     body = [
         f"A reward model: a LoRA adapter and a scalar head on `{base}`, trained with trl_ext.",

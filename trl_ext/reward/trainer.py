@@ -20,8 +20,8 @@ from transformers import (
 )
 from trl import RewardTrainer
 
-from trl_ext.cards import write_card
 from trl_ext.data import ConversionReport
+from trl_ext.report.cards import write_card
 from trl_ext.reward.card import model_card
 from trl_ext.reward.config import RewardModelConfig
 from trl_ext.reward.data import TRAINING, overlap, prepare_tokenizer, tokenize_preferences
@@ -140,7 +140,7 @@ class RewardModelTrainer(RewardTrainer):
         for parameter, data in trained.items():  # which it casts to bfloat16 on a 4-bit base
             parameter.data = data.to(parameter.device)
         self.evaluation: dict[str, Any] = {}
-        model.model_card = self._model_card
+        model.model_card = self._card
         self.add_callback(_ScaleOfScores(self))
 
     # ------------------------------------------------------------------ the seam: loss
@@ -283,11 +283,13 @@ class RewardModelTrainer(RewardTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Our card, where `push_to_hub` and every checkpoint would write TRL's over it."""
-        write_card(self, self._model_card(model_name, dataset_name, tags))
+        if self.is_world_process_zero():
+            write_card(str(self.args.output_dir), self._card(model_name, dataset_name, tags))
 
-    def _model_card(self, *about: Any) -> str:
-        base = str(self.model.get_base_model().name_or_path)
-        return model_card(self.args, base, self.model.scale, self.evaluation, self.state.log_history, *about)
+    def _card(self, *named: Any) -> str:
+        """The card as text; `named` are the arguments of `create_model_card`."""
+        base, scale = str(self.model.get_base_model().name_or_path), self.model.scale
+        return model_card(base, scale, self.evaluation, self.args, self.state.log_history, *named)
 
 
 class _ScaleOfScores(TrainerCallback):

@@ -1,7 +1,6 @@
 """RRHF on transformers' `Trainer`: one loss, responses packed behind their prompt, and sampling online."""
 
 import sys
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from trl_ext.cards import write_card
+from trl_ext.report.cards import write_card
 from trl_ext.roles import (
     Role,
     SharedBaseModel,
@@ -133,7 +132,7 @@ class RRHFTrainer(Trainer):
         if args.online:
             self.sampler = OnlineSampler(model, tokenizer, args, reward_funcs)
             self.add_callback(SaveBetweenResamplings(self))
-        model.model_card = partial(model_card, self)
+        model.model_card = self._card
 
     # ------------------------------------------------------------------ the loss
 
@@ -240,7 +239,14 @@ class RRHFTrainer(Trainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Our card, where `push_to_hub` would write the Trainer's over it."""
-        write_card(self, model_card(self, model_name, dataset_name, tags))
+        if self.is_world_process_zero():
+            write_card(str(self.args.output_dir), self._card(model_name, dataset_name, tags))
+
+    def _card(self, *named: Any) -> str:
+        """The card as text; `named` are the arguments of `create_model_card`."""
+        others = [name for name, role in self.model._adapters.items() if role is not Role.POLICY]
+        base = str(self.model.get_base_model().name_or_path)
+        return model_card(base, others, self.args, self.state.log_history, *named)
 
     # ------------------------------------------------------------------ details
 

@@ -10,12 +10,11 @@ NOT_METHOD = {"output_dir", "logging_dir", "run_name", "report_to", "hub_token",
 ROWS = 12
 
 
-def write_card(trainer: Any, card: str) -> None:
-    """Make a card the README of the output folder."""
-    if trainer.is_world_process_zero():
-        path = Path(str(trainer.args.output_dir)) / "README.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(card, encoding="utf-8")
+def write_card(folder: str | Path, card: str) -> None:
+    """Make a card the README of a folder."""
+    path = Path(folder) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(card, encoding="utf-8")
 
 
 def whole_card(args: Any, header: list[str], title: str | None, body: list[str], course: list[str]) -> str:
@@ -45,13 +44,13 @@ def options_table(args: Any) -> list[str]:
 
 
 def changed_options(args: Any) -> dict[str, Any]:
-    """Fields of a configuration whose value is not the default, without those of the machine."""
+    """Fields of a configuration whose value is not the default, None as "null", without those of the machine."""
     changed = {}
     for field in fields(args):
         value = getattr(args, field.name)
-        plain = isinstance(value, bool | int | float | str)
+        plain = value is None or isinstance(value, bool | int | float | str)
         if field.init and plain and field.name not in NOT_METHOD and value != field.default:
-            changed[field.name] = value
+            changed[field.name] = "null" if value is None else value
     return changed
 
 

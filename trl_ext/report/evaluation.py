@@ -1,17 +1,17 @@
 """A policy on held-out prompts: reward, KL from its reference, perplexity, length and variety of what it writes."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from trl_ext import Role, SharedBaseModel
-from trl_ext.roles import can_share_prompts, column_limit
-from trl_ext.rrhf import ResponseScorer
-from trl_ext.rrhf.data import RankedRow, check_tokenizer, prompt_encoder, to_batch
-from trl_ext.rrhf.generation import device_of, end_token_ids, generate_responses, prompt_generator
+from trl_ext.roles import Role, SharedBaseModel, can_share_prompts, column_limit
+from trl_ext.rrhf.data import RankedRow, to_batch
+from trl_ext.rrhf.generation import device_of, generate_responses, prompt_generator
+from trl_ext.text import TextEncoder, end_token_ids
 
 LABELS = {
     "gold": "gold reward",
@@ -35,7 +35,7 @@ def evaluate_policy(
     model: SharedBaseModel,
     tokenizer: Any,
     prompts: Dataset,
-    scorer: ResponseScorer,
+    scorer: Callable[[list[Any]], list[float]],
     *,
     max_new_tokens: int,
     seed: int = 0,
@@ -48,7 +48,7 @@ def evaluate_policy(
     Args:
         model: Policy and reference.
         prompts: Column `prompt`; other columns reach the reward functions.
-        scorer: The reward.
+        scorer: The reward, a `ResponseScorer`.
         gold: A TRL reward function that nobody trains on, where there is one.
         best_of: So many responses are sampled and the best one by the reward is taken. The KL given is then
             log n - (n - 1) / n, the bound that holds where no two rewards are equal (Beirami et al. 2024, arXiv
@@ -58,11 +58,11 @@ def evaluate_policy(
     Returns:
         Metrics by the keys of `LABELS`, and the responses' texts.
     """
-    check_tokenizer(tokenizer)
-    ends, rows = end_token_ids(model, tokenizer), []
+    encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, model.get_base_model().generation_config))
+    rows = []
     for row in prompts:
         columns = {name: value for name, value in row.items() if name != "prompt"}
-        rows.append(RankedRow(row["prompt"], prompt_encoder(tokenizer, row["prompt"])[0], [], [], columns))
+        rows.append(RankedRow(row["prompt"], encoder.prompt_ids(row["prompt"]), [], [], columns))
     per_call = max(1, batch_size // best_of)
     for i in tqdm(range(0, len(rows), per_call), desc="evaluating", leave=False):
         part = rows[i : i + per_call]
@@ -72,8 +72,8 @@ def evaluate_policy(
             [prompt_generator(seed, i + j) for j in range(len(part))],
             best_of,
             max_new_tokens,
-            eos_token_ids=ends,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_ids=encoder.end_ids,
+            pad_token_id=encoder.pad_id,
         )
         flat = [(row, ids) for row, group in zip(part, groups, strict=True) for ids in group]
         scores = scorer(flat)
@@ -88,11 +88,11 @@ def evaluate_policy(
     if gold is not None:
         values = torch.tensor(gold(prompts=[row.prompt for row in rows], completions=texts))
         metrics |= {"gold": float(values.mean()), "gold_std": float(values.std()) if len(rows) > 1 else 0.0}
-    metrics |= likelihoods(model, tokenizer.pad_token_id, rows, batch_size)
+    metrics |= likelihoods(model, encoder.pad_id, rows, batch_size)
     if best_of > 1:
         metrics["kl"] = math.log(best_of) - (best_of - 1) / best_of
     metrics["length"] = sum(map(len, ids)) / len(ids)
-    metrics["truncated"] = sum(sequence[-1] not in ends for sequence in ids) / len(ids)
+    metrics["truncated"] = sum(not encoder.ended(sequence) for sequence in ids) / len(ids)
     metrics["distinct_2"] = distinct_2(texts)
     return metrics, texts
 
