@@ -300,7 +300,7 @@ def role_scores(
     model.eval()
     try:
         members = model.score_parts(
-            [part.to(model.get_base_model().get_input_embeddings().weight.device) for part in parts]
+            [part.to(model.input_device) for part in parts]
         )
     finally:
         model.train(training)
@@ -363,7 +363,7 @@ class ResponseScorer:
     Args:
         model: Its reward role scores; None leaves it out.
         tokenizer: The model's, or a `TextEncoder` of it.
-        reward_funcs: See `RewardSources`.
+        reward_funcs: `RewardSources`, or what they are made of.
         reward_weights: One for each of them. Default: 1 each.
         role_weight: Of the reward role.
         ensemble: How several reward adapters make one score: "mean", "min" or "variance" (`ops.combine_scores`).
@@ -377,7 +377,7 @@ class ResponseScorer:
         self,
         model: SharedBaseModel | None,
         tokenizer: Any,
-        reward_funcs: RewardSource | Sequence[RewardSource] | None = None,
+        reward_funcs: RewardSources | RewardSource | Sequence[RewardSource] | None = None,
         *,
         reward_weights: Sequence[float] | None = None,
         role_weight: float = 1.0,
@@ -389,10 +389,11 @@ class ResponseScorer:
         if not math.isfinite(role_weight):
             raise ValueError(f"reward_role_weight={role_weight!r}: give a finite number.")
         self.model = model if model is not None and model.has_role(Role.REWARD) else None
-        device = None if model is None else model.get_base_model().get_input_embeddings().weight.device
-        self.sources = RewardSources(
-            reward_funcs, reward_weights, has_reward_role=self.model is not None, device=device
-        )
+        if not isinstance(reward_funcs, RewardSources):
+            device = None if model is None else model.input_device
+            has_role = self.model is not None
+            reward_funcs = RewardSources(reward_funcs, reward_weights, has_reward_role=has_role, device=device)
+        self.sources = reward_funcs
         self.encoder = tokenizer if isinstance(tokenizer, TextEncoder) else TextEncoder(tokenizer)
         self.role_weight, self.ensemble, self.ensemble_coef = role_weight, ensemble, ensemble_coef
 

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 Messages: TypeAlias = list[dict[str, Any]]
 Prompt: TypeAlias = str | Messages
@@ -284,6 +284,21 @@ def end_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
     own = getattr(generation_config, "eos_token_id", None)
     own = own if isinstance(own, list | tuple) else [own]
     return sorted({tokenizer.eos_token_id, *own} - {None})
+
+
+def load_generation_config(model: Any, **options: Any) -> Any:
+    """The generation config of a model, or of one that is still to be loaded, by id or folder; None where there is none.
+
+    Args:
+        model: A loaded model, or its id or folder.
+        options: Those of `GenerationConfig.from_pretrained` (`revision`, ...), for an id.
+    """
+    if not isinstance(model, str):
+        return getattr(model, "generation_config", None)
+    try:
+        return GenerationConfig.from_pretrained(model, **options)
+    except OSError:  # transformers then makes one from the model's own config, which names end tokens too
+        return AutoConfig.from_pretrained(model, **options)
 
 
 def until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:

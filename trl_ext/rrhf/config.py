@@ -17,6 +17,8 @@ class RRHFConfig(TrainingArguments):
     A batch is `per_device_train_batch_size` prompts, each with all its responses.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
     # Fields of the parent with other defaults, as in TRL
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of the policy's adapter."})
     logging_steps: float = field(
@@ -29,6 +31,11 @@ class RRHFConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: reward functions read the dataset's other columns."}
     )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the base's `from_pretrained` (dtype, attn_implementation, revision, ...)."},
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the model bring code of its own."})
     disable_dropout: bool = field(
         default=True, metadata={"help": "Switch dropout off. With it the first KL to the reference is not 0."}
     )

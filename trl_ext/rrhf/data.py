@@ -2,18 +2,17 @@
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
 
 from trl_ext.ops.packing import PackedBatch, pack
+from trl_ext.text import Prompt, TextEncoder, check_prompt, message_text
 
 LOGGER = logging.getLogger(__name__)
-DEFAULT_MAX_LENGTH = 1024
 EXAMPLES = 3
 COUNTED = {
     "responses_cut": "response(s) longer than max_length were cut; raise max_length to train on all of them",
@@ -27,14 +26,11 @@ ENCODED = {
     **dict.fromkeys(COUNTED, Value("int32")),
 }
 
-Messages: TypeAlias = list[dict[str, Any]]
-
-
 @dataclass(slots=True)
 class RankedRow:
     """One prompt and K responses with their scores, as tokens."""
 
-    prompt: str | Messages
+    prompt: Prompt
     prompt_ids: list[int]
     response_ids: list[list[int]]  # K lists; none in the online variants before they are sampled
     scores: list[float]  # K numbers, higher is better
@@ -51,7 +47,7 @@ class RankedBatch:
 
 
 @dataclass(slots=True)
-class Counts:
+class DataReport:
     """What a dataset held that is not quite right: how often, and the first rows where."""
 
     rows: int = 0
@@ -71,13 +67,13 @@ class Counts:
 def encode_dataset(
     dataset: Dataset,
     name: str,
-    tokenizer: Any,
+    encoder: TextEncoder,
     *,
     max_length: int,
     min_room: int = 1,
     needs_responses: bool = True,
     num_proc: int | None = None,
-) -> tuple[Dataset, Counts]:
+) -> tuple[Dataset, DataReport]:
     """Tokenise a dataset with columns `prompt`, `responses` and `scores`; what is counted is logged once.
 
     Args:
@@ -85,7 +81,7 @@ def encode_dataset(
             list of as many numbers. `truncated`, if there, a list of as many bools: true where sampling stopped at its
             length limit, so that the response gets no end. Other columns are kept.
         name: What errors call it.
-        tokenizer: Has an eos token, and a chat template where prompts are conversations.
+        encoder: Of a tokenizer with a chat template, where prompts are conversations.
         max_length: Tokens of prompt and response; longer responses are cut.
         min_room: Tokens of these that a prompt must leave for a response.
         needs_responses: False where responses are sampled online: rows may then have none.
@@ -116,12 +112,12 @@ def encode_dataset(
         _encode_row,
         with_indices=True,
         remove_columns=dropped,
-        fn_kwargs={"name": name, "tokenizer": tokenizer, **settings},
+        fn_kwargs={"name": name, "encoder": encoder, **settings},
         features=Features(kept | ENCODED),  # not to be guessed from rows that have no responses yet
         num_proc=num_proc,
         desc=f"Tokenizing {name}",
     )
-    counts = Counts(len(dataset))
+    counts = DataReport(len(dataset))
     for what in COUNTED:
         column = list(encoded[what])
         counts.counts[what] = sum(column)
@@ -132,13 +128,19 @@ def encode_dataset(
 
 
 def _encode_row(
-    row: dict[str, Any], index: int, *, name: str, tokenizer: Any, max_length: int, min_room: int, needs_responses: bool
+    row: dict[str, Any],
+    index: int,
+    *,
+    name: str,
+    encoder: TextEncoder,
+    max_length: int,
+    min_room: int,
+    needs_responses: bool,
 ) -> dict[str, Any]:
     """One row's tokens, and how often each of `COUNTED` occurs in it."""
     where = f"{name} row {index}"
     prompt, responses, scores = row["prompt"], row.get("responses") or [], row.get("scores") or []
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise ValueError(f"{where} has an empty prompt ({prompt!r}). Drop it: dataset.filter(lambda r: r['prompt']).")
+    check_prompt(prompt, where)
     if len(responses) != len(scores):
         raise ValueError(f"{where} has {len(responses)} responses and {len(scores)} scores: give one for each.")
     truncated = row.get("truncated") or [False] * len(responses)
@@ -155,7 +157,7 @@ def _encode_row(
     bad = [score for score in scores if not isinstance(score, int | float) or not math.isfinite(score)]
     if bad:
         raise ValueError(f"{where} has the score {bad[0]!r}: give finite numbers, or drop the response.")
-    prompt_ids, encode_response = prompt_encoder(tokenizer, prompt, where)
+    prompt_ids = encoder.prompt_ids(prompt)
     room = max_length - len(prompt_ids)
     if room < min_room:
         raise ValueError(
@@ -164,10 +166,10 @@ def _encode_row(
             "max_completion_length if responses are sampled online, or drop such rows."
         )
     rated = zip(responses, scores, truncated, strict=True)
-    kept = [(response, float(score), cut) for response, score, cut in rated if response_text(response).strip()]
+    kept = [(response, float(score), cut) for response, score, cut in rated if message_text(response).strip()]
     if needs_responses and not kept:
         raise ValueError(f"{where} has only empty responses: drop it.")
-    ids = [encode_response(response, not cut) for response, _, cut in kept]
+    ids = [encoder.response_ids(prompt, response, not cut, where) for response, _, cut in kept]
     return {
         "prompt_ids": prompt_ids,
         "response_ids": [response[:room] for response in ids],
@@ -176,64 +178,6 @@ def _encode_row(
         "responses_empty": len(responses) - len(kept),
         "rows_without_a_pair": int(bool(kept) and len({score for _, score, _ in kept}) < 2),
     }
-
-
-def response_text(response: str | Messages) -> str:
-    """The words of a response that may be a list of messages."""
-    if isinstance(response, str):
-        return response
-    return "".join(str(message.get("content") or "") for message in response)
-
-
-def prompt_encoder(
-    tokenizer: Any, prompt: str | Messages, where: str = "a row"
-) -> tuple[list[int], Callable[..., list[int]]]:
-    """Tokens of a prompt, and the function that gives the tokens of a response to it. The one place that tokenises.
-
-    A prompt gets the tokenizer's special tokens, a conversation its chat template and the generation prompt. A
-    response is what follows the prompt's tokens in the tokens of both together; where a token spans their border, the
-    response is tokenised alone, as generation would continue. A plain response ends with the eos token, a
-    conversational one as the chat template ends a turn; with `ended=False` (the length limit cut it) neither is added.
-
-    Returns:
-        The prompt's ids, and `encode_response(response, ended=True)`.
-
-    Raises:
-        ValueError: A conversation whose template does not begin with the prompt's own text.
-    """
-    if isinstance(prompt, str):
-        text, with_special = prompt, True
-    else:
-        text, with_special = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True), False
-    prompt_ids: list[int] = tokenizer(text, add_special_tokens=with_special)["input_ids"]
-
-    def encode_response(response: str | Messages, ended: bool = True) -> list[int]:
-        if not ended:
-            own = response_text(response)
-            whole = text + own
-        elif isinstance(prompt, str):
-            if not isinstance(response, str):
-                raise ValueError(f"{where}: a plain prompt needs plain responses, got {type(response).__name__}.")
-            whole, own = text + response, response
-        else:
-            turn = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
-            whole = tokenizer.apply_chat_template([*prompt, *turn], tokenize=False)
-            if not whole.startswith(text):
-                raise ValueError(
-                    f"{where}: the chat template renders the conversation as {whole[: len(text) + 20]!r}, which does "
-                    f"not begin with its prompt {text!r}. Give prompt and responses as plain strings."
-                )
-            own = whole[len(text) :]
-        ids = tokenizer(whole, add_special_tokens=with_special)["input_ids"]
-        if ids[: len(prompt_ids)] == prompt_ids:
-            ids = ids[len(prompt_ids) :]
-        else:
-            ids = tokenizer(own, add_special_tokens=False)["input_ids"]
-        if ended and isinstance(prompt, str) and ids[-1:] != [tokenizer.eos_token_id]:
-            ids = [*ids, tokenizer.eos_token_id]
-        return ids
-
-    return prompt_ids, encode_response
 
 
 def collate(features: list[dict[str, Any]]) -> dict[str, list[RankedRow]]:
@@ -259,31 +203,3 @@ def to_batch(
         rewards=torch.tensor([score for row in rows for score in row.scores], device=device),
         group=torch.arange(len(rows)).repeat_interleave(sizes).to(device),
     )
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """A tokenizer needs an end-of-sequence token; a missing pad token is replaced by it.
-
-    Raises:
-        ValueError: No eos token.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has no eos_token, so no response can end. Set it: tokenizer.eos_token = '...', with a token "
-            "that your SFT data ends with."
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-
-
-def longest(max_length: int | None, positions: int | None) -> int:
-    """`max_length`, by default 1024 or the model's positions if those are fewer.
-
-    Raises:
-        ValueError: More than the model's positions.
-    """
-    if max_length is None:
-        return min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
-    if positions is not None and max_length > positions:
-        raise ValueError(f"max_length={max_length} exceeds the model's {positions} positions: lower it to {positions}.")
-    return max_length

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from trl_ext.data import RowError, check_preference_row
 from trl_ext.roles import Role, SharedBaseModel, can_share_prompts, column_limit, max_positions
-from trl_ext.rrhf.data import RankedRow, check_tokenizer, longest, prompt_encoder, to_batch
+from trl_ext.rrhf.data import RankedRow, to_batch
 from trl_ext.rrhf.losses import sequence_scores
+from trl_ext.text import TextEncoder, check_prompt, end_token_ids, longest
 
 LOGGER = logging.getLogger(__name__)
 
@@ -59,14 +60,13 @@ class ImplicitReward:
             raise ValueError(f"length_penalty={length_penalty!r} must be a number of at least 0.")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be at least 1.")
-        check_tokenizer(tokenizer)
         self.__name__ = name
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, model.generation_config))
         self.beta, self.length_penalty, self.batch_size = beta, length_penalty, batch_size
-        base = model.get_base_model()
-        self.max_length = longest(max_length, max_positions(base.config))
-        self.share = can_share_prompts(base.base_model)
-        self.max_columns = column_limit(base.base_model)
+        self.max_length = longest(max_length, max_positions(model.config))
+        self.share = can_share_prompts(model.backbone)
+        self.max_columns = column_limit(model.backbone)
         self.responses_cut = 0
 
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
@@ -132,7 +132,8 @@ class ImplicitReward:
         rows: list[RankedRow] = []
         for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=first):
             if not rows or rows[-1].prompt != prompt:
-                prompt_ids, encode_response = prompt_encoder(self.tokenizer, prompt, f"prompt {number}")
+                check_prompt(prompt, f"prompt {number}")
+                prompt_ids = self.encoder.prompt_ids(prompt)
                 room = self.max_length - len(prompt_ids)
                 if room < 1 or not prompt_ids:
                     raise ValueError(
@@ -140,16 +141,15 @@ class ImplicitReward:
                         "needs at least one and must leave one for the response."
                     )
                 rows.append(RankedRow(prompt, prompt_ids, [], []))
-            ids = encode_response(completion)
+            ids = self.encoder.response_ids(prompt, completion, where=f"prompt {number}")
             self.responses_cut += len(ids) > room
             rows[-1].response_ids.append(ids[:room])
             rows[-1].scores.append(0.0)
         return rows
 
     def _score_rows(self, rows: list[RankedRow]) -> Tensor:
-        device = self.model.get_base_model().get_input_embeddings().weight.device
-        pad: int = self.tokenizer.pad_token_id
-        batch = to_batch(rows, pad, share=self.share, max_columns=self.max_columns, device=device)
+        layout: dict[str, Any] = {"share": self.share, "max_columns": self.max_columns}
+        batch = to_batch(rows, self.encoder.pad_id, device=self.model.input_device, **layout)
         roles = (Role.POLICY,) if self.beta is None else (Role.POLICY, Role.REFERENCE)
         outputs = self.model(parts=batch.parts, roles=roles)
         logps, factor = outputs["logps"], 1.0

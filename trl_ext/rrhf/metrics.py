@@ -11,7 +11,7 @@ from trl_ext.rrhf.losses import best_responses, ordered_pairs
 Ratio = tuple[Tensor | float, Tensor | float]
 
 
-class Ratios:
+class RunningMeans:
     """Metrics as sum / count, so that a figure over many batches and processes is that of all their samples."""
 
     def __init__(self) -> None:

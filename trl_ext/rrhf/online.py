@@ -10,52 +10,31 @@ term of the loss (`losses.reference_kl_loss`) and not part of the reward.
 """
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, TrainerCallback
 
 from trl_ext.roles import Role, SharedBaseModel
+from trl_ext.rrhf.config import RRHFConfig
 from trl_ext.rrhf.data import RankedRow
-from trl_ext.rrhf.generation import end_token_ids, pad_left, until_end
 from trl_ext.rrhf.metrics import Ratio, mean_of
-from trl_ext.rrhf.scoring import ResponseScorer, RewardFunction
-
-if TYPE_CHECKING:
-    from trl_ext.rrhf.config import RRHFConfig
-    from trl_ext.rrhf.trainer import RRHFTrainer
+from trl_ext.scoring import ResponseScorer
+from trl_ext.text import TextEncoder, pad_ids, until_end
 
 
 class OnlineSampler:
     """Replaces the responses of rows by samples of the current policy, and their scores by the scorer's.
 
     Args:
-        model: The policy samples; its reward role, if it has one, scores.
-        tokenizer: Has eos and pad tokens.
+        model: The policy samples.
+        encoder: Of its tokenizer.
         args: `RRHFConfig`.
-        reward_funcs: TRL reward functions, `f(prompts=, completions=, completion_ids=, **columns) -> list of numbers`.
-
-    Raises:
-        TypeError: A reward function that is no plain function.
-        ValueError: Nothing scores, or not one weight per function.
+        scorer: Scores the samples.
     """
 
-    def __init__(
-        self,
-        model: SharedBaseModel,
-        tokenizer: Any,
-        args: "RRHFConfig",
-        reward_funcs: RewardFunction | list[RewardFunction] | None,
-    ):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.scorer = ResponseScorer(
-            model if model.has_role(Role.REWARD) else None,
-            tokenizer,
-            reward_funcs,
-            reward_weights=args.reward_weights,
-            role_weight=args.reward_role_weight,
-        )
-        self.eos_token_ids = end_token_ids(model, tokenizer)
+    def __init__(self, model: SharedBaseModel, encoder: TextEncoder, args: RRHFConfig, scorer: ResponseScorer):
+        self.model, self.encoder, self.args, self.scorer = model, encoder, args, scorer
 
     def resample(self, rows: list[RankedRow], seed: int) -> tuple[list[RankedRow], dict[str, Ratio]]:
         """New rows for the same prompts, and metrics of the samples.
@@ -84,7 +63,7 @@ class OnlineSampler:
     @torch.no_grad()
     def _sample(self, prompts: list[list[int]], seed: int) -> list[list[list[int]]]:
         """K responses to each prompt, each up to and with its first eos token."""
-        args, model, pad = self.args, self.model, self.tokenizer.pad_token_id
+        args, model, pad = self.args, self.model, self.encoder.pad_id
         config = GenerationConfig(
             max_new_tokens=args.max_completion_length,
             do_sample=True,
@@ -93,10 +72,10 @@ class OnlineSampler:
             top_k=0,  # the defaults of these would be taken from the base's own generation config
             repetition_penalty=1.0,
             num_return_sequences=args.num_online_responses,
-            eos_token_id=self.eos_token_ids,
+            eos_token_id=self.encoder.end_ids,
             pad_token_id=pad,
         )
-        device = model.get_base_model().get_input_embeddings().weight.device
+        device = model.input_device
         per_call = max(1, args.generation_batch_size // args.num_online_responses)
         responses: list[list[int]] = []
         was_training = model.training
@@ -104,9 +83,9 @@ class OnlineSampler:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), model.role(Role.POLICY):
             torch.manual_seed(seed)
             for i in range(0, len(prompts), per_call):
-                ids, mask = pad_left(prompts[i : i + per_call], pad, device)
+                ids, mask = pad_ids(prompts[i : i + per_call], pad, left=True, device=device)
                 output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-                responses += [until_end(row, self.eos_token_ids) for row in output[:, ids.shape[1] :].tolist()]
+                responses += [until_end(row, self.encoder.end_ids) for row in output[:, ids.shape[1] :].tolist()]
         model.train(was_training)
         k = args.num_online_responses
         return [responses[i : i + k] for i in range(0, len(responses), k)]
@@ -115,7 +94,7 @@ class OnlineSampler:
         k = self.args.num_online_responses
         scores = [row.scores[:k] for row in rows]
         responses = [ids for group in sampled for ids in group]
-        ended = [ids[-1] in self.eos_token_ids for ids in responses]
+        ended = [self.encoder.ended(ids) for ids in responses]
         return {
             "reward": mean_of(score for group in scores for score in group),
             "reward_best": mean_of(max(group) for group in scores),
@@ -128,19 +107,28 @@ class OnlineSampler:
         }
 
 
-class SaveBetweenResamplings(TrainerCallback):
-    """Holds a checkpoint back until the sampled batches are used up, so that a resumed run samples the same again."""
+class BorderCallback(TrainerCallback):
+    """Holds checkpoints and evaluations back until the sampled batches are used up.
 
-    def __init__(self, trainer: "RRHFTrainer"):
-        self.trainer = trainer
-        self.save_waits = False
+    A resumed run then samples the same again; and an evaluation comes at the step of its checkpoint, so that the best
+    checkpoint is one that exists.
+
+    Args:
+        sampled_batches: Batches that have been sampled and not trained on yet; emptied when training begins.
+    """
+
+    def __init__(self, sampled_batches: list[dict[str, Any]]):
+        self.sampled_batches = sampled_batches
+        self.save_waits = self.evaluate_waits = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.sampled_batches = []
-        self.save_waits = False
+        self.sampled_batches.clear()
+        self.save_waits = self.evaluate_waits = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.save_waits |= control.should_save
-        at_border = not self.trainer.sampled_batches or state.global_step >= state.max_steps
-        control.should_save = self.save_waits and at_border
-        self.save_waits &= not at_border
+        self.evaluate_waits |= control.should_evaluate
+        at_border = not self.sampled_batches or state.global_step >= state.max_steps
+        control.should_save, control.should_evaluate = self.save_waits and at_border, self.evaluate_waits and at_border
+        if at_border:
+            self.save_waits = self.evaluate_waits = False

@@ -12,11 +12,12 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from trl_ext.generation.seeded import generate_responses, prompt_generator
 from trl_ext.roles import SharedBaseModel, max_positions
-from trl_ext.rrhf.data import RankedRow, check_tokenizer, prompt_encoder, response_text
-from trl_ext.rrhf.generation import end_token_ids, generate_responses, prompt_generator
+from trl_ext.rrhf.data import RankedRow
 from trl_ext.rrhf.response_log import Record, ResponseLog
-from trl_ext.rrhf.scoring import ResponseScorer
+from trl_ext.scoring import ResponseScorer
+from trl_ext.text import TextEncoder, check_prompt, end_token_ids, message_text
 
 METHODS = ("temperature", "nucleus", "beam", "diverse")
 WRITTEN = ("index", "responses", "scores", "sources", "truncated")
@@ -155,7 +156,7 @@ def sample_responses(
     Raises:
         ValueError: A file of other settings or prompts, a missing column, or a prompt that leaves no room.
     """
-    check_tokenizer(tokenizer)
+    encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, model.generation_config))
     missing = [name for name in ("prompt", *args.response_columns) if name not in dataset.column_names]
     if missing:
         raise ValueError(f"the dataset has no column {', '.join(missing)}, only {dataset.column_names}.")
@@ -176,7 +177,7 @@ def sample_responses(
     with tqdm(total=len(dataset) * per_prompt, initial=len(log.done) * per_prompt, unit="response") as bar:
         for i in range(0, len(pending), per_batch):
             indices = pending[i : i + per_batch]
-            log.append(_sample_batch(model, tokenizer, dataset, indices, args, scorer))
+            log.append(_sample_batch(model, encoder, dataset, indices, args, scorer))
             bar.update(len(indices) * per_prompt)
     report.seconds = time.perf_counter() - start
     report.sampled_per_second = len(pending) * per_prompt / max(report.seconds, 1e-9)
@@ -204,25 +205,24 @@ def _check_prompts(log: ResponseLog, dataset: Dataset) -> None:
 
 def _sample_batch(
     model: SharedBaseModel,
-    tokenizer: Any,
+    encoder: TextEncoder,
     dataset: Dataset,
     indices: list[int],
     args: SamplingConfig,
     scorer: ResponseScorer,
 ) -> list[Record]:
     """The finished records of some prompts."""
-    ends = end_token_ids(model, tokenizer)
-    positions = max_positions(model.get_base_model().config)
-    rows, encoders = [], []
+    positions = max_positions(model.config)
+    rows = []
     for index in indices:
         columns = dict(dataset[index])
-        prompt_ids, encoder = prompt_encoder(tokenizer, columns["prompt"], f"row {index}")
+        check_prompt(columns["prompt"], f"row {index}")
+        prompt_ids = encoder.prompt_ids(columns["prompt"])
         if not prompt_ids or (positions is not None and len(prompt_ids) + args.max_new_tokens > positions):
             raise ValueError(
                 f"row {index}: a prompt of {len(prompt_ids)} tokens and max_new_tokens={args.max_new_tokens} do not "
                 f"fit the model's {positions} positions. Lower max_new_tokens, or drop such rows."
             )
-        encoders.append(encoder)
         kept = {name: value for name, value in columns.items() if name not in ("prompt", *args.response_columns)}
         rows.append(RankedRow(columns["prompt"], prompt_ids, [], [], kept))
     records: list[Record] = []
@@ -237,18 +237,21 @@ def _sample_batch(
             generators,
             count,
             args.max_new_tokens,
-            eos_token_ids=ends,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_ids=encoder.end_ids,
+            pad_token_id=encoder.pad_id,
             method=method,
             **args.options(method),
         )
         for row, record, group in zip(rows, records, groups, strict=True):
             for ids in group:
-                _add(row, record, ids, continuation(tokenizer, row, ids), method, ids[-1] not in ends)
-    for index, row, record, encoder in zip(indices, rows, records, encoders, strict=True):
+                text = encoder.response_text(row.prompt, row.prompt_ids, ids)
+                _add(row, record, ids, text, method, not encoder.ended(ids))
+    for index, row, record in zip(indices, rows, records, strict=True):
+        room = None if positions is None else positions - len(row.prompt_ids) - encoder.added_length(row.prompt)
         for name in args.response_columns:
-            for text in _given(dataset[index][name]):
-                _add(row, record, _fitting(encoder(text), row, positions), text, name, False)
+            for text in _responses_in(dataset[index][name]):
+                ids = encoder.response_ids(row.prompt, text, where=f"row {index}")
+                _add(row, record, ids[:room], text, name, False)
     _score(rows, records, scorer, args.sampling_batch_size)
     return records
 
@@ -259,18 +262,13 @@ def _add(row: RankedRow, record: Record, ids: list[int], text: str, source: str,
         record[name].append(value)
 
 
-def _given(value: Any) -> list[str]:
+def _responses_in(value: Any) -> list[str]:
     """The responses in a cell of the dataset: none, a text, a list of messages, or a list of either."""
     if value is None:
         return []
     if isinstance(value, str) or (value and isinstance(value[0], dict)):
-        return [response_text(value)]
-    return [response_text(item) for item in value if item is not None]
-
-
-def _fitting(ids: list[int], row: RankedRow, positions: int | None) -> list[int]:
-    """The tokens of a given response that a scorer on this base has positions for."""
-    return ids if positions is None else ids[: positions - len(row.prompt_ids)]
+        return [message_text(value)]
+    return [message_text(item) for item in value if item is not None]
 
 
 def _score(rows: list[RankedRow], records: list[Record], scorer: ResponseScorer, batch_size: int) -> None:
@@ -282,13 +280,3 @@ def _score(rows: list[RankedRow], records: list[Record], scorer: ResponseScorer,
     numbers = iter(scores)
     for record in records:
         record["scores"] = [float(next(numbers)) for _ in record["responses"]]
-
-
-def continuation(tokenizer: Any, row: RankedRow, ids: list[int]) -> str:
-    """The text that sampled tokens add to their prompt; decoded behind a plain prompt, a leading space stays."""
-    alone: str = tokenizer.decode(ids, skip_special_tokens=True)
-    if not isinstance(row.prompt, str):
-        return alone
-    before: str = tokenizer.decode(row.prompt_ids, skip_special_tokens=True)
-    together: str = tokenizer.decode(row.prompt_ids + ids, skip_special_tokens=True)
-    return together[len(before) :] if together.startswith(before) else alone

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from trl_ext.report.cards import write_card
 from trl_ext.roles import (
@@ -23,11 +23,12 @@ from trl_ext.roles import (
 from trl_ext.rrhf import metrics
 from trl_ext.rrhf.card import model_card
 from trl_ext.rrhf.config import RRHFConfig
-from trl_ext.rrhf.data import Counts, check_tokenizer, collate, encode_dataset, longest, to_batch
+from trl_ext.rrhf.data import DataReport, collate, encode_dataset, to_batch
 from trl_ext.rrhf.losses import best_response_loss, rank_loss, reference_kl_loss, sequence_scores
-from trl_ext.rrhf.online import OnlineSampler, SaveBetweenResamplings
-from trl_ext.rrhf.scoring import RewardFunction
+from trl_ext.rrhf.online import BorderCallback, OnlineSampler
 from trl_ext.runs import check_finite, check_first_kl, check_not_sharded
+from trl_ext.scoring import ResponseScorer, RewardSource, RewardSources
+from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer, longest
 
 
 class RRHFTrainer(Trainer):
@@ -44,13 +45,15 @@ class RRHFTrainer(Trainer):
             one number for each. Online, `prompt` alone is enough; other columns reach the reward functions.
         eval_dataset: The same, with responses and scores; or a dict of such.
         processing_class: Tokenizer; default: the model's.
-        reward_funcs: TRL reward functions that score online responses, in a list or alone. May be left out when the
-            model has a reward role, and is added to it otherwise.
+        reward_funcs: What scores online responses: TRL reward functions, sync or async, sequence-classification models
+            or their ids, in a list or alone. May be left out when the model has a reward role, and is added to it
+            otherwise.
+        reward_processing_classes: Tokenizers of such models. Default: their own.
         callbacks, optimizers: As in `Trainer`.
         quantization_config, peft_config: For a model given by id or, `peft_config` only, as a `PreTrainedModel`.
 
     Attributes:
-        data_counts: For each dataset what was found odd in it (`Counts`); logged once, too.
+        data_counts: For each dataset what was found odd in it (`DataReport`); logged once, too.
 
     Raises:
         ValueError: Bad input, before any model is loaded where that is possible.
@@ -69,7 +72,8 @@ class RRHFTrainer(Trainer):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        reward_funcs: RewardFunction | list[RewardFunction] | None = None,
+        reward_funcs: RewardSource | list[RewardSource] | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
@@ -83,14 +87,26 @@ class RRHFTrainer(Trainer):
                 "or drop reward_funcs."
             )
 
+        given: Any = args.model_init_kwargs or {}
+        init_kwargs = {"trust_remote_code": args.trust_remote_code, **given}
+
         # 1. Everything that can be wrong without a model
-        tokenizer: Any = processing_class or AutoTokenizer.from_pretrained(base_name)
-        check_tokenizer(tokenizer)
-        config = load_base_config(model) if isinstance(model, str) else model.config
+        kept = {k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs}
+        tokenizer: Any = processing_class or load_tokenizer(base_name, **kept)
+        self.encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, load_generation_config(model, **kept)))
+        config = load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config
         max_length = longest(args.max_length, max_positions(config))
-        self.data_counts: dict[str, Counts] = {}
-        settings = {"tokenizer": tokenizer, "max_length": max_length, "num_proc": args.dataset_num_proc}
+        self.data_counts: dict[str, DataReport] = {}
+        settings = {"max_length": max_length, "num_proc": args.dataset_num_proc}
         if args.online:
+            has_role = isinstance(model, SharedBaseModel) and model.has_role(Role.REWARD)
+            sources = RewardSources(
+                reward_funcs,
+                args.reward_weights,
+                has_reward_role=has_role,
+                processing_classes=reward_processing_classes,
+                device=args.device,
+            )
             online = {"needs_responses": False, "min_room": args.max_completion_length}
             train_dataset = self._encode(train_dataset, "train_dataset", **settings, **online)
         else:
@@ -99,7 +115,7 @@ class RRHFTrainer(Trainer):
 
         # 2. One base; policy and reference, and no critic
         set_seed(args.seed)
-        model = shared_base_model(model, peft_config, quantization_config, with_critic=False)
+        model = shared_base_model(model, peft_config, quantization_config, with_critic=False, **init_kwargs)
         if args.disable_dropout:
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
@@ -122,16 +138,15 @@ class RRHFTrainer(Trainer):
         # 4. What RRHF adds
         if self.optimizer is None:
             self.optimizer = self._policy_optimizer()
-        backbone = model.get_base_model().base_model
-        self.share_prompts = args.share_prompts and can_share_prompts(backbone)
-        self.max_columns = column_limit(backbone)
-        self.ratios = {"train": metrics.Ratios(), "eval": metrics.Ratios()}
-        self.pad_token_id = tokenizer.pad_token_id
+        self.share_prompts = args.share_prompts and can_share_prompts(model.backbone)
+        self.max_columns = column_limit(model.backbone)
+        self.running_means = {"train": metrics.RunningMeans(), "eval": metrics.RunningMeans()}
         self.sampled_batches: list[dict[str, Any]] = []
         self.sampler = None
         if args.online:
-            self.sampler = OnlineSampler(model, tokenizer, args, reward_funcs)
-            self.add_callback(SaveBetweenResamplings(self))
+            scorer = ResponseScorer(model, self.encoder, sources, role_weight=args.reward_role_weight)
+            self.sampler = OnlineSampler(model, self.encoder, args, scorer)
+            self.add_callback(BorderCallback(self.sampled_batches))
         model.model_card = self._card
 
     # ------------------------------------------------------------------ the loss
@@ -149,7 +164,7 @@ class RRHFTrainer(Trainer):
         # 1. One pass per role over the packed responses, inside one call of the wrapped module
         batch = to_batch(
             inputs["rows"],
-            self.pad_token_id,
+            self.encoder.pad_id,
             share=self.share_prompts,
             max_columns=self.max_columns,
             device=self.accelerator.device,
@@ -177,7 +192,7 @@ class RRHFTrainer(Trainer):
         # 3. No silent nonsense
         check_finite("loss", terms, self.state.global_step, str(args.output_dir))
         found |= metrics.means(losses, len(inputs["rows"]))
-        self.ratios["train" if training else "eval"].add(found)
+        self.running_means["train" if training else "eval"].add(found)
         loss = torch.stack(list(terms.values())).sum()
         return (loss, outputs) if return_outputs else loss
 
@@ -204,7 +219,7 @@ class RRHFTrainer(Trainer):
             seed = self.args.seed + 1_000_003 * (step + 1) + self.accelerator.process_index
             if rows:
                 rows, sampled = self.sampler.resample(rows, seed)
-                self.ratios["train"].add(sampled)
+                self.running_means["train"].add(sampled)
             for batch in batches:
                 taken, rows = rows[: len(batch["rows"])], rows[len(batch["rows"]) :]
                 self.sampled_batches.append({"rows": taken})
@@ -217,7 +232,7 @@ class RRHFTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Training logs get the metrics of the steps since the last one, over all processes."""
         if "loss" in logs:
-            logs |= self.ratios["train"].take(self._sum, self.accelerator.device)
+            logs |= self.running_means["train"].take(self._sum, self.accelerator.device)
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -229,9 +244,9 @@ class RRHFTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """`Trainer`'s, its metrics joined by those of the ranking."""
-        self.ratios["eval"] = metrics.Ratios()
+        self.running_means["eval"] = metrics.RunningMeans()
         output: Any = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        found = self.ratios["eval"].take(self._sum, self.accelerator.device)
+        found = self.running_means["eval"].take(self._sum, self.accelerator.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
@@ -244,7 +259,7 @@ class RRHFTrainer(Trainer):
 
     def _card(self, *named: Any) -> str:
         """The card as text; `named` are the arguments of `create_model_card`."""
-        others = [name for name, role in self.model._adapters.items() if role is not Role.POLICY]
+        others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
         base = str(self.model.get_base_model().name_or_path)
         return model_card(base, others, self.args, self.state.log_history, *named)
 
@@ -257,7 +272,7 @@ class RRHFTrainer(Trainer):
         if isinstance(dataset, dict):
             return {key: self._encode(part, f"{name}[{key!r}]", **settings) for key, part in dataset.items()}
         with PartialState().main_process_first():
-            encoded, self.data_counts[name] = encode_dataset(dataset, name, **settings)
+            encoded, self.data_counts[name] = encode_dataset(dataset, name, self.encoder, **settings)
         return encoded
 
     def _policy_optimizer(self) -> torch.optim.Optimizer:

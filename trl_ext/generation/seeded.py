@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from trl_ext.roles import Role, SharedBaseModel
+from trl_ext.text import pad_ids, until_end
 
 LARGEST = 1 - 2**-20  # a uniform number below it stays below the whole mass when it is rounded to float32
 
@@ -101,7 +102,7 @@ def generate_responses(
         generators: One for each prompt, on the CPU; each gives `count * max_new_tokens` numbers, none for "beam".
         method: "beam": the `count` best of as many beams. Any other: tokens drawn by `SeededChoice`.
     """
-    device, was_training = device_of(model), model.training
+    device, was_training = model.input_device, model.training
     beam = method == "beam"
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -116,7 +117,7 @@ def generate_responses(
         eos_token_id=eos_token_ids,
         pad_token_id=pad_token_id,
     )
-    ids, mask = pad_left(prompts, pad_token_id, device)
+    ids, mask = pad_ids(prompts, pad_token_id, left=True, device=device)
     processors = []
     if not beam:
         uniforms = torch.stack([torch.rand(count, max_new_tokens, generator=generator) for generator in generators])
@@ -135,28 +136,3 @@ def generate_responses(
 def prompt_generator(seed: int, index: int) -> torch.Generator:
     """Random numbers that belong to one prompt of a dataset, whatever is sampled before it."""
     return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-
-
-def end_token_ids(model: SharedBaseModel, tokenizer: Any) -> list[int]:
-    """The tokens that end a response: the tokenizer's eos, and those of the base's generation config."""
-    own = getattr(model.get_base_model().generation_config, "eos_token_id", None)
-    own = own if isinstance(own, list) else [own]
-    return sorted({tokenizer.eos_token_id, *own} - {None})
-
-
-def until_end(ids: list[int], eos_token_ids: list[int]) -> list[int]:
-    """What comes up to and with the first end token; all, if there is none."""
-    return next((ids[: i + 1] for i, token in enumerate(ids) if token in eos_token_ids), ids)
-
-
-def device_of(model: SharedBaseModel) -> torch.device:
-    """Where the model's inputs belong."""
-    return model.get_base_model().get_input_embeddings().weight.device
-
-
-def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (B, L) each."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
