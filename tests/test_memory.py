@@ -93,7 +93,7 @@ def test_parameters_and_bytes_are_those_of_the_real_model_in_float32(architectur
     model = SharedBaseModel(base, lora_config(), AdapterWeights(lora_config(), None, head))
     adapters = sum(weights.adapter_bytes[role] for role in (Role.POLICY, Role.REWARD, Role.CRITIC))
     assert tensor_bytes(model) == weights.base_bytes + adapters + weights.head_bytes
-    assert weights.adapted == len(model._lora_layers)
+    assert weights.adapted == len(model.lora_layers)
     assert sorted(weights.trained) == sorted(p.numel() for p in model.parameters() if p.requires_grad)
     assert weights.gradient_bytes == 4 * sum(weights.trained)
     assert weights.optimizer_bytes == 8 * sum(weights.trained)

@@ -105,7 +105,7 @@ def test_precision_and_mode_come_back_after_an_error(world, tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="lost 4 of 4 completions"):
         complete(trainer, list(tiny.prompts(4)["prompt"]))
     assert (trainer.args.bf16, trainer.args.fp16, trainer.model.training) == (True, False, False)
-    assert trainer.model._rows_at_a_time is None
+    assert trainer.model.rows_at_a_time is None
 
 
 def test_no_call_of_generate_is_larger_than_asked(world, tmp_path, monkeypatch):

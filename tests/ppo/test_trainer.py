@@ -48,11 +48,11 @@ def test_every_kind_of_model_trains_policy_and_critic_and_nothing_else(world, tm
     trainer = tiny.trainer(world, tmp_path, model=make(world), reward_funcs=tiny.count_words, **options)
     model = trainer.model
     assert isinstance(model, SharedBaseModel)
-    assert set(model._roles) == roles
+    assert set(model.adapters.values()) == roles
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer.train()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
-    assert {model._owner(name) for name in changed} == {Role.POLICY, Role.CRITIC}
+    assert {model.owner(name) for name in changed} == {Role.POLICY, Role.CRITIC}
     first, second = tiny.rollout_entries(trainer)
     assert first["kl"] == 0.0
     assert second["kl"] != 0.0

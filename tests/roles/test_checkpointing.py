@@ -51,7 +51,7 @@ def recomputations(layer):
 def test_gradients_are_those_without_checkpointing_to_the_last_bit(model, batch, name, kwargs):
     expected = gradients(model, batch)
     getattr(model, name)(kwargs)
-    count = recomputations(model._lora_layers[0])
+    count = recomputations(model.lora_layers[0])
     actual = gradients(model, batch)
     assert count.n == 4  # two roles, each forward and recomputation
     assert actual.keys() == expected.keys()
@@ -104,7 +104,7 @@ def test_checkpointing_on_the_base_before_is_taken_over(make_base, make_adapter,
     base = make_base()
     base.gradient_checkpointing_enable()
     model = SharedBaseModel(base, policy=make_adapter(base), critic=make_adapter(base, seed=3, head=True)).train()
-    count = recomputations(model._lora_layers[0])
+    count = recomputations(model.lora_layers[0])
     actual = gradients(model, batch)
     assert count.n == 4
     assert all(torch.equal(actual[key], value) for key, value in expected.items())
@@ -121,7 +121,7 @@ def test_it_survives_the_generation_of_trl(make_base, make_adapter, batch, kwarg
         unwrap_model=lambda m: m, state=SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=None), distributed_type="NO"
     )
     model.gradient_checkpointing_disable()
-    count = recomputations(model._lora_layers[0])
+    count = recomputations(model.lora_layers[0])
     gradients(model, batch)
     assert count.n == 2
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

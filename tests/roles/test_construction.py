@@ -100,7 +100,7 @@ def test_on_a_4_bit_base_the_first_kl_is_exactly_zero(make_base, make_adapter, b
     assert (kl_per_token(model, batch) == 0).all()
     with torch.no_grad(), model.role(Role.REFERENCE):
         reference = logits(model, batch)
-    for layer in model._lora_layers:  # "reference = adapters off" is another model: the base before the SFT
+    for layer in model.lora_layers:  # "reference = adapters off" is another model: the base before the SFT
         layer._disable_adapters = True
     with torch.no_grad():
         assert not torch.allclose(logits(model, batch), reference, atol=0.1)

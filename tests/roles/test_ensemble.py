@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trl_ext.roles import AdapterWeights, RewardScale, Role, SharedBaseModel
+from trl_ext.roles.folders import adapter_weights
 
 SCALES = (RewardScale(0.5, 2.0, 10), None)
 NAMES = ["reward", "reward_2"]
@@ -27,7 +28,7 @@ def make(make_base, make_adapter, members):
 
 
 def weights_of(model, name):
-    return model._adapter(name, None)
+    return adapter_weights(model, name)
 
 
 def same(a, b):
@@ -68,7 +69,7 @@ def test_the_critic_starts_from_the_first_on_the_normalised_scale(make, members,
 
 def test_every_adapter_is_frozen_but_policy_and_critic(make):
     model = make()
-    owners = {model._owner(name) for name, p in model.named_parameters() if p.requires_grad}
+    owners = {model.owner(name) for name, p in model.named_parameters() if p.requires_grad}
     assert owners == {Role.POLICY, Role.CRITIC}
     groups = model.parameter_groups({Role.POLICY: 1.0, Role.CRITIC: 2.0})
     assert [group["role"] for group in groups] == ["policy", "critic"]
@@ -100,10 +101,10 @@ def test_another_number_of_members_cannot_resume(make, members, tmp_path, reward
         other.load_adapter(str(tmp_path), "default")
 
 
-def test_protected_keeps_every_member(make, batch):
+def test_adapters_kept_keeps_every_member(make, batch):
     model = make()
     scores, kept = model.score_members(*batch), [weights_of(model, name) for name in NAMES]
-    with model.protected():
+    with model.adapters_kept():
         model.add_adapter("ref", model.peft_config["default"])
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -120,7 +121,7 @@ def test_a_model_without_a_critic(make, batch):
     with pytest.raises(ValueError, match="no critic role"):
         model.values(*batch)
     assert model.score(*batch).shape == (3,)
-    assert {model._owner(n) for n, p in model.named_parameters() if p.requires_grad} == {Role.POLICY}
+    assert {model.owner(n) for n, p in model.named_parameters() if p.requires_grad} == {Role.POLICY}
 
 
 def test_folders_make_an_ensemble(make, make_base, batch, tmp_path):

@@ -9,7 +9,7 @@ from transformers.generation import ContinuousBatchingConfig
 
 from tests.layout import packed
 from trl_ext.roles import Role, SharedBaseModel
-from trl_ext.roles.generation import CPU_BATCH_TOKENS, fitted
+from trl_ext.roles.generation import CPU_BATCH_TOKENS, engine_config
 
 END = 7
 LENGTHS = (3, 5, 9, 1, 4, 4, 2)
@@ -87,11 +87,11 @@ def test_some_rows_at_a_time_give_what_all_at_once_gives(model, size, monkeypatc
 def test_the_limit_ends_with_the_block_also_after_an_error(model):
     with pytest.raises(ZeroDivisionError), model.generating(1):
         raise ZeroDivisionError
-    assert model._rows_at_a_time is None
+    assert model.rows_at_a_time is None
     with model.generating(3):
         with model.generating():
-            assert model._rows_at_a_time is None
-        assert model._rows_at_a_time == 3
+            assert model.rows_at_a_time is None
+        assert model.rows_at_a_time == 3
 
 
 # ---------------------------------------------------------------------- continuous batching
@@ -195,13 +195,13 @@ def test_missing_completions_are_an_error(model, monkeypatch):
 
 def test_on_a_cpu_the_cache_is_what_the_requests_can_fill(make_base):
     base = make_base()
-    config = fitted(ContinuousBatchingConfig(page_size=8), base, requests=5, length=17)
+    config = engine_config(ContinuousBatchingConfig(page_size=8), base, requests=5, length=17)
     assert (config.num_blocks, config.max_batch_tokens) == (15, CPU_BATCH_TOKENS)
-    assert fitted(ContinuousBatchingConfig(), base, requests=2000, length=17).max_batch_tokens == 2000
-    given = fitted(ContinuousBatchingConfig(num_blocks=3, max_batch_tokens=64), base, requests=5, length=17)
+    assert engine_config(ContinuousBatchingConfig(), base, requests=2000, length=17).max_batch_tokens == 2000
+    given = engine_config(ContinuousBatchingConfig(num_blocks=3, max_batch_tokens=64), base, requests=5, length=17)
     assert (given.num_blocks, given.max_batch_tokens) == (3, 64)
 
 
 def test_flash_attention_is_left_to_16_bits(make_base):
-    assert not fitted(ContinuousBatchingConfig(), make_base(), 1, 1).auto_switch_to_flash
-    assert fitted(ContinuousBatchingConfig(), make_base(dtype=torch.bfloat16), 1, 1).auto_switch_to_flash
+    assert not engine_config(ContinuousBatchingConfig(), make_base(), 1, 1).auto_switch_to_flash
+    assert engine_config(ContinuousBatchingConfig(), make_base(dtype=torch.bfloat16), 1, 1).auto_switch_to_flash

@@ -9,7 +9,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from trl_ext.ops.packing import pack
 from trl_ext.roles import AdapterWeights, Role, SharedBaseModel, lora_config
-from trl_ext.roles.packed import can_share_prompts, column_limit
+from trl_ext.roles.probe import can_share_prompts, column_limit
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
 # GPT-Neo has no sdpa

@@ -7,7 +7,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.layout import packed
 from trl_ext.roles import AdapterWeights, Role, SharedBaseModel
-from trl_ext.roles.passes import head_scaling
 
 P, T = 4, 5  # columns of the prompt and of the completion in `batch`
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -112,7 +111,7 @@ HEADS = {
 @pytest.mark.parametrize("architecture", HEADS)
 def test_heads_that_scale_or_cap_their_logits(make_base, make_adapter, batch, architecture):
     model = four_roles(make_base, make_adapter, architecture, **HEADS[architecture])
-    assert head_scaling(model.config) != (1.0, None)
+    assert (model.language_head.factor, model.language_head.cap) != (1.0, None)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(5)  # so that the cap and the factor matter
     test_logps_and_entropy_are_those_of_the_logits_over_the_temperature(model, batch, 0.7)

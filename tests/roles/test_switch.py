@@ -18,7 +18,7 @@ def model(make_base, make_adapter):
 
 def state(model):
     """Everything that switching must bring back."""
-    layers = tuple((tuple(layer.active_adapters), layer.disable_adapters) for layer in model._lora_layers)
+    layers = tuple((tuple(layer.active_adapters), layer.disable_adapters) for layer in model.lora_layers)
     return model.active_role, layers, tuple(p.requires_grad for p in model.parameters()), model.training
 
 
@@ -193,10 +193,10 @@ def test_scoring_between_two_steps_does_not_stop_the_critic(model, batch):
         assert all(p.grad is not None for name, p in model.named_parameters() if owner(name) == "critic")
 
 
-def test_protected_undoes_what_the_trainer_of_trl_does(model):
+def test_adapters_kept_undoes_what_the_trainer_of_trl_does(model):
     """`RLOOTrainer.__init__` on a 4-bit base: it adds "ref", and casts what is trainable to bfloat16."""
     before = {name: (p, p.clone(), p.requires_grad) for name, p in model.named_parameters()}
-    with model.protected():
+    with model.adapters_kept():
         model.add_adapter("ref", model.peft_config["default"])
         for name, parameter in list(model.named_parameters()):
             if ".default." in name:
@@ -215,18 +215,18 @@ def test_protected_undoes_what_the_trainer_of_trl_does(model):
     assert model.active_role is Role.POLICY
 
 
-def test_protected_undoes_it_after_an_error_too(model):
+def test_adapters_kept_undoes_it_after_an_error_too(model):
     before = state(model), set(model.state_dict())
 
     def fail():
-        with model.protected():
+        with model.adapters_kept():
             model.add_adapter("ref", model.peft_config["default"])
             raise ValueError("wrong argument")
 
     with pytest.raises(ValueError, match="wrong argument"):
         fail()
     assert (state(model), set(model.state_dict())) == before
-    with model.protected():
+    with model.adapters_kept():
         model.add_adapter("ref", model.peft_config["default"])
 
 

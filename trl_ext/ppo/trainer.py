@@ -108,7 +108,7 @@ class PPOMaxTrainer(RLOOTrainer):
             model.check_continuous_batching()
 
         # 3. TRL's loop. What it does to the adapters on the way is undone.
-        with model.protected():
+        with model.adapters_kept():
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs,
@@ -265,7 +265,7 @@ class PPOMaxTrainer(RLOOTrainer):
 
     def _card(self, *named: Any) -> str:
         """The card as text; `named` are the arguments of `create_model_card`."""
-        others = [name for name, role in self.model._adapters.items() if role is not Role.POLICY]
+        others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
         base = str(self.model.get_base_model().name_or_path)
         return model_card(base, others, self.args, self.state.log_history, *named)
 

@@ -3,14 +3,16 @@
 from trl_ext.roles.adapters import AdapterWeights, RewardScale, lora_config, read_adapter
 from trl_ext.roles.base import load_base, load_base_config, max_positions, quantization_method
 from trl_ext.roles.build import shared_base_model, tuned_policy
-from trl_ext.roles.heads import ScalarHead
-from trl_ext.roles.packed import can_share_prompts, column_limit, packed_hidden_states
+from trl_ext.roles.heads import LMHead, ScalarHead
+from trl_ext.roles.passes import packed_hidden_states
+from trl_ext.roles.probe import can_share_prompts, column_limit
 from trl_ext.roles.reward_model import RewardModel
 from trl_ext.roles.role import Role
 from trl_ext.roles.shared_model import SharedBaseModel
 
 __all__ = [
     "AdapterWeights",
+    "LMHead",
     "RewardModel",
     "RewardScale",
     "Role",

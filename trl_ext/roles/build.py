@@ -87,5 +87,5 @@ def tuned_policy(
     rewards = [read_adapter(path, "reward_adapter") for path in paths]
     base = load_base(model_name_or_path, quantization_config=quantization_config, **model_init_kwargs)
     model = SharedBaseModel(base, start, rewards, with_critic=False)
-    model._load_weights(Role.POLICY.adapter_name, tuned.weights or {})
+    model.set_weights(Role.POLICY.adapter_name, tuned.weights or {})
     return model

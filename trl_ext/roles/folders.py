@@ -1,114 +1,89 @@
 """Roles on disk and on the Hub: every adapter a standard PEFT folder."""
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from peft import get_peft_model_state_dict
+from torch import Tensor
 
-from trl_ext.roles.adapters import (
-    CONFIG_FILE,
-    AdapterWeights,
-    RewardScale,
-    check_same_scaling,
-    read_adapter,
-    write_adapter,
-)
+from trl_ext.roles.adapters import CONFIG_FILE, AdapterWeights, check_same_scaling, read_adapter, write_adapter
 from trl_ext.roles.role import Role
+from trl_ext.roles.switch import SwitchedModel
 
 
-class RoleFolders:
-    """Saving, loading and publishing of roles. Mixed into `SharedBaseModel`."""
+def adapter_weights(model: SwitchedModel, name: str, state_dict: dict[str, Tensor] | None = None) -> AdapterWeights:
+    """An adapter of the model as it is now, by name; its weights from `state_dict`, if they are gathered there."""
+    weights = get_peft_model_state_dict(model, state_dict, adapter_name=name, save_embedding_layers=False)
+    head = model.heads[name].weight.detach() if name in model.heads else None
+    config: Any = model.peft_config[name]
+    return AdapterWeights(config, weights, head, model.reward_scales.get(name))
 
-    if TYPE_CHECKING:
-        heads: Any
-        peft_config: dict[str, Any]
-        model_card: Callable[[], str] | None
-        reward_scales: dict[str, RewardScale]
-        _roles: dict[Role, str]
-        _adapters: dict[str, Role]
 
-        def _load_weights(self, name: str, weights: dict[str, torch.Tensor]) -> None: ...
+def save_roles(
+    model: SwitchedModel,
+    folder: str | Path,
+    state_dict: dict[str, Tensor] | None = None,
+    is_main_process: bool = True,
+) -> None:
+    """Write the policy into the folder itself, so that plain PEFT loads it; every other adapter into one of its name.
 
-    def adapter_weights(self, role: Role, state_dict: dict[str, torch.Tensor] | None = None) -> AdapterWeights:
-        """The role's adapter as it is now (the first one of an ensemble).
-
-        Raises:
-            ValueError: The role has no adapter of its own.
-        """
-        if role not in self._roles:
-            raise ValueError(f"the {role.value} role has no adapter: it is the bare base, there is nothing to save.")
-        return self._adapter(self._roles[role], state_dict)
-
-    def _adapter(self, name: str, state_dict: dict[str, torch.Tensor] | None) -> AdapterWeights:
-        weights = get_peft_model_state_dict(self, state_dict, adapter_name=name, save_embedding_layers=False)
-        head = self.heads[name].weight.detach() if name in self.heads else None
-        return AdapterWeights(self.peft_config[name], weights, head, self.reward_scales.get(name))
-
-    def save_adapter(self, role: Role, folder: str | Path) -> None:
-        """Write one role as a standard PEFT folder; reward and critic as sequence classifiers with their head."""
-        write_adapter(folder, self.adapter_weights(Role(role)))
-
-    def push_adapter_to_hub(
-        self, role: Role, repo_id: str, *, private: bool | None = None, token: str | None = None, **upload: Any
-    ) -> str:
-        """Upload one role's folder and return the commit's address; `upload` goes to `HfApi.upload_folder`."""
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the owner, if none was given
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_adapter(role, folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
-
-    def save_pretrained(
-        self,
-        save_directory: str,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        is_main_process: bool = True,
-        **_: Any,
-    ) -> None:
-        """The policy in the folder itself, so that plain PEFT loads it; every other adapter in a folder of its name."""
-        weights = {name: self._adapter(name, state_dict) for name in self._adapters}
-        if not is_main_process:
-            return
+    Every process takes part, the main one writes.
+    """
+    weights = {name: adapter_weights(model, name, state_dict) for name in model.adapters}
+    if is_main_process:
         for name, adapter in weights.items():
-            write_adapter(Path(save_directory) / ("" if self._adapters[name] is Role.POLICY else name), adapter)
-        if self.model_card is not None:
-            (Path(save_directory) / "README.md").write_text(self.model_card(), encoding="utf-8")
+            write_adapter(Path(folder) / ("" if model.adapters[name] is Role.POLICY else name), adapter)
 
-    def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False, **_: Any) -> None:
-        """Read one role's weights back from a folder that `save_pretrained` wrote; `Trainer` calls this on resume.
 
-        Raises:
-            ValueError: The folder has other roles, shapes or scaling than this model.
-        """
-        role = self._adapters.get(adapter_name)
-        others = {name for name, other in self._adapters.items() if other is not Role.POLICY}
-        if role is Role.POLICY:
-            folders = {path.parent.name for path in Path(model_id).glob(f"*/{CONFIG_FILE}")}
-            found = {name for name in folders if name in set(Role) or name.startswith(f"{Role.REWARD}_")}
-            if found != others:
-                raise ValueError(
-                    f"{model_id} holds the roles {sorted(found)} beside the policy, this model has {sorted(others)}. "
-                    "Resume with the adapters that the run was started with."
-                )
-        if role is None:
-            raise ValueError(f"{model_id}: this model has no role for an adapter named {adapter_name!r}.")
-        adapter = read_adapter(model_id, f"{role.value} adapter")
-        check_same_scaling(
-            adapter.config,
-            self.peft_config[adapter_name],
-            f"{model_id}: the {role.value} adapter",
-            "Resume with the configuration that the run was started with.",
+def push_folder(adapter: AdapterWeights, repo_id: str, private: bool | None, token: str | None, **upload: Any) -> str:
+    """Upload an adapter as a PEFT folder and return the commit's address; `upload` goes to `HfApi.upload_folder`."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the owner, if none was given
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(folder, adapter)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
+
+
+def load_role(model: SwitchedModel, folder: str | Path, name: str) -> None:
+    """Read an adapter's weights, head and scale back from a folder that `save_roles` wrote.
+
+    Args:
+        model: Has an adapter of this name.
+        folder: Of the adapter. That of the policy has the others in it, which must be the model's.
+        name: Of the adapter.
+
+    Raises:
+        ValueError: The folder has other roles, shapes or scaling than this model.
+    """
+    role = model.adapters.get(name)
+    if role is None:
+        raise ValueError(f"{folder}: this model has no role for an adapter named {name!r}.")
+    if role is Role.POLICY:
+        _check_roles(model, folder)
+    adapter = read_adapter(folder, f"{role.value} adapter")
+    own: Any = model.peft_config[name]
+    remedy = "Resume with the configuration that the run was started with."
+    check_same_scaling(adapter.config, own, f"{folder}: the {role.value} adapter", remedy)
+    model.set_weights(name, adapter.weights or {})
+    if name in model.heads:
+        if adapter.head is None:
+            raise ValueError(f"{folder}: the {role.value} adapter has no head. The checkpoint is not complete.")
+        model.heads[name].weight.data.copy_(adapter.head)
+    if role is Role.REWARD:
+        model.reward_scales.pop(name, None)
+        if adapter.scale is not None:
+            model.reward_scales[name] = adapter.scale
+
+
+def _check_roles(model: SwitchedModel, folder: str | Path) -> None:
+    """Check that the folders beside the policy's files are those of the model's other adapters."""
+    others = {name for name, role in model.adapters.items() if role is not Role.POLICY}
+    folders = {path.parent.name for path in Path(folder).glob(f"*/{CONFIG_FILE}")}
+    found = {name for name in folders if name in set(Role) or name.startswith(f"{Role.REWARD}_")}
+    if found != others:
+        raise ValueError(
+            f"{folder} holds the roles {sorted(found)} beside the policy, this model has {sorted(others)}. "
+            "Resume with the adapters that the run was started with."
         )
-        self._load_weights(adapter_name, adapter.weights or {})
-        if adapter_name in self.heads:
-            if adapter.head is None:
-                raise ValueError(f"{model_id}: the {role.value} adapter has no head. The checkpoint is not complete.")
-            self.heads[adapter_name].weight.data.copy_(adapter.head)
-        if role is Role.REWARD:
-            self.reward_scales.pop(adapter_name, None)
-            if adapter.scale is not None:
-                self.reward_scales[adapter_name] = adapter.scale

@@ -1,7 +1,12 @@
-"""The scalar head that turns a hidden state into a reward or a value."""
+"""What turns a hidden state into something: the scalar head into a reward or a value, the LM head into a token."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from trl_ext.ops.logprobs import token_logprobs
 
 
 class ScalarHead(nn.Module):
@@ -19,7 +24,7 @@ class ScalarHead(nn.Module):
         ValueError: `weight` is not of shape (1, H).
     """
 
-    def __init__(self, hidden_size: int, weight: torch.Tensor | None = None):
+    def __init__(self, hidden_size: int, weight: Tensor | None = None):
         super().__init__()
         if weight is not None and tuple(weight.shape) != (1, hidden_size):
             raise ValueError(
@@ -30,7 +35,86 @@ class ScalarHead(nn.Module):
         if weight is not None:
             self.weight.data.copy_(weight)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (...), float32, outside autocast."""
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.to(self.weight.dtype), self.weight).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The base's frozen language-model head, and what its architecture does to `W h + b`.
+
+        a = factor (W h + b)        logits = cap tanh(a / cap), without a cap a
+
+    Attributes:
+        layer: The base's own linear layer, so that its weight is always where the base is.
+        factor: On the logits: of Cohere, Granite and others.
+        cap: Bound of the logits (Gemma 2), or None.
+    """
+
+    layer: Any
+    factor: float = 1.0
+    cap: float | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, H)."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(V,), or None."""
+        return getattr(self.layer, "bias", None)
+
+    def logprobs(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        entropy_grad: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of each target, and the entropy if asked: `ops.token_logprobs` under this head.
+
+        Args:
+            hidden: (N, H), last hidden states.
+            targets: (N,) int64.
+            temperature: Divides the logits.
+            with_entropy: Return the entropy too.
+            entropy_grad: Let gradient flow through it.
+
+        Returns:
+            (logps, entropy), (N,) each, in nats, on the device of the head; entropy is None if not asked for.
+        """
+        return token_logprobs(
+            hidden.to(self.weight.device),
+            self.weight,
+            targets.to(self.weight.device),
+            bias=self.bias,
+            temperature=temperature,
+            softcap=self.cap,
+            logit_scale=self.factor,
+            with_entropy=with_entropy,
+            entropy_grad=entropy_grad,
+        )
+
+
+def lm_head(base: Any) -> LMHead:
+    """The head of a causal language model, with what its configuration says of factor and cap.
+
+    Cohere, Falcon-H1 and their kin multiply (`logit_scale`, `lm_head_multiplier`), Granite and MiniCPM3 divide
+    (`logits_scaling`), Gemma 2 squashes (`final_logit_softcapping`).
+
+    Raises:
+        TypeError: The base has no LM head.
+    """
+    layer = base.get_output_embeddings()
+    if layer is None:
+        raise TypeError(f"the base must be a causal language model, {type(base).__name__} has no LM head.")
+    text_config = base.config.get_text_config()
+    factor = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        factor *= getattr(text_config, name, None) or 1.0
+    factor /= getattr(text_config, "logits_scaling", None) or 1.0
+    return LMHead(layer, factor, getattr(text_config, "final_logit_softcapping", None))

@@ -21,7 +21,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from trl_ext.ops.logprobs import token_logprobs
 from trl_ext.ops.packing import PackedBatch, in_order
 from trl_ext.roles.adapters import (
     HEAD_KEY,
@@ -35,8 +34,8 @@ from trl_ext.roles.adapters import (
 )
 from trl_ext.roles.base import keep_trainable
 from trl_ext.roles.folding import fold
-from trl_ext.roles.packed import packed_hidden_states
-from trl_ext.roles.passes import head_scaling
+from trl_ext.roles.heads import lm_head
+from trl_ext.roles.passes import packed_hidden_states
 
 ADAPTER = "default"
 QUANTIZATION_MARKS = ("is_quantized", "quantization_method", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -50,7 +49,7 @@ class RewardModel(PeftModelForSequenceClassification):
         peft_config: LoRA configuration. Default: `lora_config("SEQ_CLS")`.
 
     Attributes:
-        lm_head: The base's own, frozen.
+        language_head: `LMHead` of the base, frozen.
         scale: Mean and standard deviation of the scores on reference responses, saved beside the adapter; None before
             they were measured. Scores computed here are raw.
 
@@ -63,14 +62,13 @@ class RewardModel(PeftModelForSequenceClassification):
         given: Any = base
         if isinstance(given, PeftModel):
             raise TypeError("the base has an adapter already: give the model under it (model.unload()).")
-        if base.get_output_embeddings() is None:
-            raise TypeError(f"the base must be a causal language model, {type(base).__name__} has no LM head.")
+        language_head = lm_head(base)
         config = copy.deepcopy(check_lora_config(peft_config or lora_config("SEQ_CLS"), "peft_config"))
         config.task_type, config.modules_to_save = "SEQ_CLS", None  # PEFT adds the head
         base.requires_grad_(False)
         keep_trainable(base)
         super().__init__(sequence_classifier(base), config)
-        self.lm_head = base.get_output_embeddings()
+        self.language_head, self.lm_head = language_head, language_head.layer  # the layer moves with the model
         self.scale: RewardScale | None = None
         self.model_card: Callable[[], str] | None = None
         for layer in self._lora_layers():
@@ -144,17 +142,9 @@ class RewardModel(PeftModelForSequenceClassification):
                 scores.append(nn.functional.linear(ends, self.head_weight.float()).squeeze(-1))
             if lm_of is not None:
                 wanted = lm_of[part.owners]
-                logps.append(self._logps(hidden[part.sources[wanted]], part.targets[wanted]))
+                logps.append(self.language_head.logprobs(hidden[part.sources[wanted]], part.targets[wanted])[0])
         outputs = {"scores": in_order(parts, scores)}
         return outputs if lm_of is None else outputs | {"logps": torch.cat(logps)}
-
-    def _logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        factor, softcap = head_scaling(self.get_base_model().config)
-        weight, bias = self.lm_head.weight, getattr(self.lm_head, "bias", None)
-        logps, _ = token_logprobs(
-            hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=factor, with_entropy=False
-        )
-        return logps
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
         """As PEFT does, with the scale of the scores and the model card beside it."""

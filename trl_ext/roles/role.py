@@ -1,12 +1,6 @@
-"""The four roles, and the context manager that switches between them."""
-
-from __future__ import annotations
+"""The four roles."""
 
 from enum import StrEnum
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from trl_ext.roles.shared_model import SharedBaseModel
 
 
 class Role(StrEnum):
@@ -23,19 +17,3 @@ class Role(StrEnum):
 
 
 TRAINED = (Role.POLICY, Role.CRITIC)
-
-
-class RoleSwitch:
-    """Context manager that makes a role compute and restores the previous one, also when an error leaves it."""
-
-    def __init__(self, model: SharedBaseModel, role: Role):
-        self.model, self.role_to_use = model, role
-        self.previous: list[Role] = []  # one for each time it has been entered
-
-    def __enter__(self) -> SharedBaseModel:
-        self.previous.append(self.model.active_role)
-        self.model._activate(self.role_to_use)
-        return self.model
-
-    def __exit__(self, *error: object) -> None:
-        self.model._activate(self.previous.pop())

@@ -1,44 +1,36 @@
-"""Policy, reference, reward and critic as LoRA adapters on one frozen base, and the one switch between them.
-
-PEFT's own switches (`set_adapter`, `disable_adapter`) also change `requires_grad`: activating one adapter freezes the
-others, so a trainer that scores with the reference adapter in between stops training its critic without a word. The
-switch here changes which adapter computes, and nothing else. It leans on two attributes of PEFT's layers,
-`_active_adapter` and `_disable_adapters`, which `tests/test_peft_contract.py` pins.
-"""
+"""Policy, reference, reward and critic as LoRA adapters on one frozen base: made, run, saved and loaded."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from trl_ext.ops.packing import PackedBatch
+from trl_ext.roles import folders, passes
 from trl_ext.roles.adapters import (
     AdapterWeights,
-    RewardScale,
-    causal_config,
     check_adapter_fits,
     check_lora_config,
     checked_adapter_dtype,
     lora_config,
     read_adapter,
+    write_adapter,
 )
-from trl_ext.roles.base import keep_trainable, load_base, load_base_config
-from trl_ext.roles.checkpointing import RoleCheckpointing
-from trl_ext.roles.folders import RoleFolders
-from trl_ext.roles.folding import fold
-from trl_ext.roles.generation import RoleGeneration
-from trl_ext.roles.heads import ScalarHead
-from trl_ext.roles.passes import RolePasses
-from trl_ext.roles.role import TRAINED, Role, RoleSwitch
+from trl_ext.roles.base import load_base, load_base_config
+from trl_ext.roles.checkpointing import enable_checkpointing
+from trl_ext.roles.generation import check_continuous_batching, continuous_batching, generate_by_rows
+from trl_ext.roles.role import Role
+from trl_ext.roles.switch import SwitchedModel
 
 
-class SharedBaseModel(RolePasses, RoleGeneration, RoleFolders, RoleCheckpointing, PeftModelForCausalLM):  # type: ignore[misc]
+class SharedBaseModel(SwitchedModel):
     """One frozen base with an adapter per role; a `PeftModel` whose "default" adapter is the policy.
 
     Args:
@@ -69,42 +61,29 @@ class SharedBaseModel(RolePasses, RoleGeneration, RoleFolders, RoleCheckpointing
         adapter_dtype: str | torch.dtype = torch.float32,
     ):
         adapter_dtype = checked_adapter_dtype(adapter_dtype)
-        if base.get_output_embeddings() is None:
-            raise TypeError(f"the base must be a causal language model, {type(base).__name__} has no LM head.")
         if not isinstance(policy, AdapterWeights):
             policy = AdapterWeights(check_lora_config(policy or lora_config(), "peft_config", fresh=True))
         rewards = [reward] if isinstance(reward, AdapterWeights) else list(reward or [])
-        base_name = base.name_or_path or ""
         given = [(Role.POLICY, policy), *((Role.REWARD, adapter) for adapter in rewards), (Role.CRITIC, critic)]
         for role, adapter in given:
             if adapter is not None:
-                check_adapter_fits(adapter, base.config, base_name, f"{role.value} adapter", role is Role.REWARD)
-        base.requires_grad_(False)
-        keep_trainable(base)
-        super().__init__(base, causal_config(policy.config, base_name))
-        hidden_size = base.config.get_text_config().hidden_size
-        self.heads = nn.ModuleDict()
+                name = f"{role.value} adapter"
+                check_adapter_fits(adapter, base.config, base.name_or_path or "", name, role is Role.REWARD)
+        super().__init__(base, policy.config)
         self.model_card: Callable[[], str] | None = None
-        self.active_role = Role.POLICY
-        self._roles = {Role.POLICY: Role.POLICY.adapter_name}  # each role's adapter, the first one of an ensemble
-        self._adapters = {Role.POLICY.adapter_name: Role.POLICY}  # every adapter's role
-        self.reward_scales: dict[str, RewardScale] = {}  # of the reward adapters that brought one
-        self._lora_layers: list[BaseTunerLayer] = []
+        self.rows_at_a_time: int | None = None
         if policy.weights is not None:
-            self._load_weights(Role.POLICY.adapter_name, policy.weights)
-            self._add_role(Role.REFERENCE, policy)
+            self.set_weights(Role.POLICY.adapter_name, policy.weights)
+            self.add_role(Role.REFERENCE, policy)
         for i, adapter in enumerate(rewards):
             name = Role.REWARD.adapter_name if i == 0 else f"{Role.REWARD.adapter_name}_{i + 1}"
-            self._add_role(Role.REWARD, adapter, name)
-            self.heads[name] = ScalarHead(hidden_size, adapter.head)
+            self.add_role(Role.REWARD, adapter, name, adapter.head)
             if adapter.scale is not None:
                 self.reward_scales[name] = adapter.scale
         if with_critic:
             start = critic or (rewards[0] if rewards else AdapterWeights(policy.config))
-            self._add_role(Role.CRITIC, start)
-            self.heads[Role.CRITIC.value] = ScalarHead(hidden_size, start.scaled_head())
-        self.heads.to(next(base.parameters()).device)
-        self._index_layers()
+            self.add_role(Role.CRITIC, start, head=start.scaled_head())
+        self.prepare_adapters()
         for name, parameter in self.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(adapter_dtype)
@@ -186,131 +165,174 @@ class SharedBaseModel(RolePasses, RoleGeneration, RoleFolders, RoleCheckpointing
         weights = {key: value.detach().clone() for key, value in weights.items()}
         return cls(model.unload(), AdapterWeights(copy.deepcopy(config), weights), with_critic=with_critic)
 
-    def _add_role(self, role: Role, adapter: AdapterWeights, name: str | None = None) -> None:
-        name = name or role.adapter_name
-        super().add_adapter(name, causal_config(adapter.config, self.get_base_model().name_or_path))
-        self._roles.setdefault(role, name)
-        self._adapters[name] = role
-        if adapter.weights is not None:
-            self._load_weights(name, adapter.weights)
+    # ------------------------------------------------------------------ passes
 
-    def _load_weights(self, name: str, weights: dict[str, torch.Tensor]) -> None:
-        own = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
-        wrong = sorted(set(own) ^ set(weights)) or [k for k in own if own[k].shape != weights[k].shape]
-        if wrong:
-            raise ValueError(
-                f"the {self._adapters[name].value} adapter does not fit the base: {len(wrong)} weights differ in name "
-                f"or shape, first {wrong[0]!r}. It was trained on another base or with other target_modules."
-            )
-        set_peft_model_state_dict(self, weights, adapter_name=name)
+    def forward(  # type: ignore[override]
+        self, input_ids: Any = None, attention_mask: Any = None, *, roles: Any = None, parts: Any = None, **kwargs: Any
+    ) -> Any:
+        """As a plain `PeftModel` without `parts`; else the passes of the roles over them, in this single call.
 
-    def _index_layers(self) -> None:
-        self._lora_layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in self._lora_layers:
-            fold(layer)
-        lm_head = self.get_base_model().get_output_embeddings()
-        if any(m is lm_head or isinstance(m.get_base_layer(), nn.Embedding) for m in self._lora_layers):
-            raise ValueError(
-                "target_modules puts an adapter on the LM head or the embeddings, which all roles share and whose "
-                "log-probabilities are computed without it. Name other modules, or 'all-linear', which leaves them out."
-            )
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(self._owner(name) in TRAINED)
-        self._activate(self.active_role)
+        A single call matters under DistributedDataParallel: a second forward outside the wrapped one breaks its
+        bookkeeping of which gradients are ready.
 
-    def _owner(self, parameter_name: str) -> Role | None:
-        parts = parameter_name.split(".")
-        if parts[0] == "heads":
-            return self._adapters[parts[1]]
-        if not any(part.startswith("lora_") for part in parts):
-            return None
-        return next((role for name, role in self._adapters.items() if name in parts), None)
+        Args:
+            input_ids, attention_mask: As in `PeftModelForCausalLM`, when `parts` is None.
+            parts: N responses to prompts, from `ops.packing.pack`.
+            roles: Subset of (Role.POLICY, Role.REFERENCE, Role.CRITIC).
+            kwargs: With `parts`: `temperature`; `entropy` ("values" or "gradient", with which it can be trained);
+                `shape` (N, T) of the results (default: the number of responses and the longest); and `ptx` (a batch
+                with `input_ids` and `attention_mask` for the language-model loss).
+
+        Returns:
+            `dict` with the `mask` of the response tokens, (N, T), each response from column 0 on; and as asked, (N, T)
+            each and zero elsewhere: `logps` of the policy, its `entropy`, `reference_logps`, the critic's `values` of
+            the state before each token; `ptx_loss`, a scalar.
+        """
+        if (parts is None) != (roles is None):
+            raise ValueError(f"roles={roles}, parts={parts}: the passes of roles need both, a plain one neither.")
+        if parts is None:
+            return super().forward(input_ids, attention_mask, **kwargs)
+        return passes.run_roles(self, parts, tuple(map(Role, roles)), **kwargs)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L), (B, L) -> (B, L, H): last hidden states of the base under the active role, no LM head."""
+        return passes.hidden_states(self, input_ids, attention_mask)
+
+    @torch.no_grad()
+    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The reward role's score of each sequence: the mean over its adapters, which is one unless it is an ensemble.
+
+        See `score_members` for arguments and errors.
+
+        Returns:
+            (B,) float32.
+        """
+        return self.score_members(input_ids, attention_mask).mean(-1)
+
+    @torch.no_grad()
+    def score_members(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The score of each sequence by each reward adapter: its head on the last real token.
+
+        An adapter that was saved with the mean and standard deviation of its scores on reference responses has them
+        taken off: (s - mean) / std.
+
+        Args:
+            input_ids: (B, T), padded on either side.
+            attention_mask: (B, T), at least one 1 a row.
+
+        Returns:
+            (B, K) float32, K reward adapters.
+
+        Raises:
+            ValueError: No reward role, shapes that differ, or a row without a token.
+        """
+        return passes.score_members(self, input_ids, attention_mask)
+
+    @torch.no_grad()
+    def score_parts(self, parts: list[PackedBatch]) -> Tensor:
+        """`score_members` of sequences laid out by `ops.packing.pack`, (N, K)."""
+        return passes.score_parts(self, parts)
+
+    @torch.no_grad()
+    def values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The critic's value after each token, (B, T), (B, T) -> (B, T) float32; meaningless where the mask is 0.
+
+        Raises:
+            ValueError: Shapes that differ, or a row without a token.
+        """
+        return passes.values(self, input_ids, attention_mask)
+
+    # ------------------------------------------------------------------ generation
 
     @contextmanager
-    def protected(self) -> Iterator[None]:
-        """Undo what a library does to the adapters inside the block: adapters added, weights cast, gradients set.
-
-        `RLOOTrainer.__init__` adds a copy of the policy named "ref" and casts what is trainable to bfloat16 on a
-        4-bit base; after that the policy would no longer equal its reference.
-        """
-        kept = {p: p.data for name, p in self.named_parameters() if self._owner(name) is not None}
+    def generating(self, rows_at_a_time: int | None = None) -> Iterator[None]:
+        """Inside the block `generate` takes so many sequences at a time; None: all at once."""
+        before, self.rows_at_a_time = self.rows_at_a_time, rows_at_a_time
         try:
             yield
-        finally:  # after an error too: the same model may be given again
-            for foreign in set(self.peft_config) - set(self._adapters):
-                self.delete_adapter(foreign)
-            for parameter, data in kept.items():
-                parameter.data = data.to(parameter.device)
-            self._index_layers()
+        finally:
+            self.rows_at_a_time = before
 
-    # ------------------------------------------------------------------ the switch
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As a plain `PeftModel`, but inside `generating` so many rows at a time: see `generation.generate_by_rows`."""
+        if self.rows_at_a_time is None:
+            return super().generate(*args, **kwargs)
+        return generate_by_rows(super().generate, self.rows_at_a_time, *args, **kwargs)
 
-    def has_role(self, role: Role) -> bool:
-        """The reference is always there: as an adapter, or as the bare base under a fresh policy."""
-        return role in self._roles or role == Role.REFERENCE
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continuous batching under the active role: see `generation.continuous_batching`."""
+        base = self.get_base_model()
+        return continuous_batching(base, inputs, generation_config, continuous_batching_config, **kwargs)
 
-    def role(self, role: Role) -> RoleSwitch:
-        """`with model.role(Role.CRITIC): ...` computes with that role's adapter; gradients flags are not touched.
+    def check_continuous_batching(self) -> None:
+        """Raise a ValueError if the base cannot do continuous batching."""
+        check_continuous_batching(self.get_base_model())
 
-        Raises:
-            ValueError: The model has no such role.
-        """
-        if not self.has_role(Role(role)):
-            raise ValueError(
-                f"this model has no {Role(role).value} role. Give it a {Role(role).value}_adapter in "
-                "SharedBaseModel.from_pretrained."
-            )
-        return RoleSwitch(self, Role(role))
+    # ------------------------------------------------------------------ folders
 
-    def _activate(self, role: Role, name: str | None = None) -> None:
-        name = name or self._roles.get(role)
-        for layer in self._lora_layers:
-            if name is not None:
-                layer._active_adapter = [name]
-            layer._disable_adapters = name is None
-        self.active_role = role
-
-    def reward_adapters(self) -> list[str]:
-        """Names of the reward role's adapters: none, one, or an ensemble."""
-        return [name for name, role in self._adapters.items() if role is Role.REWARD]
-
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Switch to the role whose adapter has this name, without PEFT's changes to `requires_grad`.
+    def adapter_weights(self, role: Role, state_dict: dict[str, Tensor] | None = None) -> AdapterWeights:
+        """The role's adapter as it is now (the first one of an ensemble).
 
         Raises:
-            ValueError: No role's adapter has it.
+            ValueError: The role has no adapter of its own.
         """
-        if adapter_name not in self._adapters:
-            raise ValueError(f"no role has an adapter named {adapter_name!r}: use one of {', '.join(self._adapters)}.")
-        self._activate(self._adapters[adapter_name], adapter_name)
+        name = self.adapter_name(role)
+        if name is None:
+            raise ValueError(f"the {role.value} role has no adapter: it is the bare base, there is nothing to save.")
+        return folders.adapter_weights(self, name, state_dict)
 
-    def disable_adapter(self) -> AbstractContextManager[Any]:  # type: ignore[override]
-        """Refused: PEFT's version freezes the critic when it returns.
+    def save_adapter(self, role: Role, folder: str | Path) -> None:
+        """Write one role as a standard PEFT folder; reward and critic as sequence classifiers with their head."""
+        write_adapter(folder, self.adapter_weights(Role(role)))
+
+    def push_adapter_to_hub(
+        self, role: Role, repo_id: str, *, private: bool | None = None, token: str | None = None, **upload: Any
+    ) -> str:
+        """Upload one role's folder and return the commit's address; `upload` goes to `HfApi.upload_folder`."""
+        return folders.push_folder(self.adapter_weights(Role(role)), repo_id, private, token, **upload)
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str, state_dict: dict[str, Tensor] | None = None, is_main_process: bool = True
+    ) -> None:
+        """The policy in the folder itself, so that plain PEFT loads it; every other adapter in a folder of its name."""
+        folders.save_roles(self, save_directory, state_dict, is_main_process)
+        if is_main_process and self.model_card is not None:
+            (Path(save_directory) / "README.md").write_text(self.model_card(), encoding="utf-8")
+
+    def load_adapter(  # type: ignore[override]
+        self, model_id: str, adapter_name: str, is_trainable: bool = False
+    ) -> None:
+        """Read one role's weights back from a folder that `save_pretrained` wrote; `Trainer` calls this on resume.
+
+        Args:
+            model_id: The folder.
+            adapter_name: Of the adapter in it.
+            is_trainable: Not used: the role says whether an adapter is trained.
 
         Raises:
-            RuntimeError: Always.
+            ValueError: The folder has other roles, shapes or scaling than this model.
         """
-        raise RuntimeError("use `with model.role(Role.REFERENCE)`: disable_adapter would freeze the other roles.")
+        folders.load_role(self, model_id, adapter_name)
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: every role would compute on the merged base, and taking the adapter out again leaves rounding in it.
+    # ------------------------------------------------------------------ gradient checkpointing
 
-        Raises:
-            RuntimeError: Always.
-        """
-        raise RuntimeError(
-            "merge_adapter would change the base that all roles share, and unmerging would not bring it back: it "
-            "rounds, and quantises a 4-bit base anew. To merge the policy, save it, load it with "
-            "AutoPeftModelForCausalLM, and call merge_and_unload there."
-        )
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Checkpoint so that a role is recomputed as itself: see `checkpointing.enable_checkpointing`."""
+        enable_checkpointing(self, activation_checkpointing_kwargs, **options)
 
-    # ------------------------------------------------------------------ training
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The name of `activation_checkpointing_enable` before transformers 5.20, still called by TRL."""
+        enable_checkpointing(self, gradient_checkpointing_kwargs, **options)
 
-    def parameter_groups(self, learning_rates: dict[Role, float], weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Optimizer groups, one per trained role: its adapter, and its head if it has one."""
-        groups = []
-        for role in (role for role in TRAINED if role in self._roles):
-            parameters = [p for name, p in self.named_parameters() if self._owner(name) is role]
-            options = {"lr": learning_rates[role], "weight_decay": weight_decay, "role": role.value}
-            groups.append({"params": parameters, **options})
-        return groups
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: non-reentrant checkpointing needs no gradient at the embeddings, and TRL asks for it."""

@@ -1,6 +1,5 @@
-"""The pass of a model over packed sequences (`ops.packing`), and whether it can take them."""
+"""Try a model on a few tokens, instead of keeping lists of what each architecture can do."""
 
-import inspect
 import warnings
 from typing import Any
 
@@ -8,17 +7,10 @@ import torch
 from torch import Tensor
 
 from trl_ext.ops.packing import PackedBatch, in_order, pack
+from trl_ext.roles.passes import packed_hidden_states, takes_positions
 
 # Largest relative difference of hidden states, packed and alone, that is rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-
-
-def packed_hidden_states(backbone: Any, part: PackedBatch) -> Tensor:
-    """(b * L, H): last hidden states of a part's tokens, to be picked by its `ends` and `sources`."""
-    inputs = part.model_inputs(backbone.dtype)
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
-        del inputs["position_ids"]  # each row is one sequence, padded on the right: the model's own positions are these
-    return backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def column_limit(backbone: Any) -> int | None:
@@ -29,8 +21,7 @@ def column_limit(backbone: Any) -> int | None:
     or whose attention takes no mask of its own (flash attention).
     """
     config = backbone.config.get_text_config()
-    takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
-    if not takes_positions or config._attn_implementation not in ("eager", "sdpa"):
+    if not takes_positions(backbone) or config._attn_implementation not in ("eager", "sdpa"):
         return 0
     limits = [b.shape[-1] for name, b in backbone.named_buffers() if name.endswith(".bias") and b.ndim == 4]
     if getattr(config, "use_sliding_window", True):
