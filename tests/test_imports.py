@@ -1,7 +1,6 @@
 """Who may import whom, read from the source: every import statement counts, also one inside a function.
 
-scripts -> <method>/trainer -> <method>/{rollout, rewards, losses, data, config} -> text, scoring, generation -> roles ->
-ops
+scripts -> method/trainer -> method/{rollout, rewards, losses, data} -> text, scoring, generation -> roles -> ops
 """
 
 import ast

@@ -95,7 +95,7 @@ class RewardSources:
         self.functions = [checked_reward(source, name) for source, name in zip(made, self.names, strict=True)]
 
     def __call__(self, **inputs: Any) -> Tensor:
-        """(B, F) float32: what every source gives for B completions, NaN where it does not apply.
+        """(B, F) float64: what every source gives for B completions, NaN where it does not apply.
 
         Async functions run at the same time, on an event loop of their own, so that a notebook's loop is no obstacle.
         """
@@ -113,7 +113,7 @@ class RewardSources:
                 for i, answer in zip(waiting, thread.submit(lambda: asyncio.run(wait())).result(), strict=True):
                     answers[i] = answer
         rows = [[math.nan if reward is None else float(reward) for reward in answer] for answer in answers]
-        return torch.tensor(rows).reshape(len(rows), len(inputs["completions"])).T
+        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(inputs["completions"])).T
 
 
 def _name(source: Any) -> str:
@@ -299,9 +299,7 @@ def role_scores(
     training = model.training
     model.eval()
     try:
-        members = model.score_parts(
-            [part.to(model.input_device) for part in parts]
-        )
+        members = model.score_parts([part.to(model.input_device) for part in parts])
     finally:
         model.train(training)
     bad = (~members.isfinite()).any(1).nonzero().flatten().tolist()
@@ -404,7 +402,7 @@ class ResponseScorer:
             ValueError: A function returned what is no reward, or nothing applies to a response.
         """
         rows, ids = [row for row, _ in samples], [response for _, response in samples]
-        per_function = torch.zeros(len(samples), 0)
+        per_function = torch.zeros(len(samples), 0, dtype=torch.float64)
         if self.sources.functions:
             per_function = self.sources(
                 prompts=[row.prompt for row in rows],
@@ -425,7 +423,8 @@ class ResponseScorer:
                 ensemble_coef=self.ensemble_coef,
             )
             role = role.cpu()
-        return combine(per_function, torch.tensor(self.sources.weights), role, self.role_weight).tolist()
+        weights = torch.tensor(self.sources.weights, dtype=torch.float64)
+        return combine(per_function, weights, role, self.role_weight).tolist()
 
     def _completions(self, rows: Sequence[AnsweredPrompt], ids: list[list[int]]) -> list[str | Messages]:
         texts = self.encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -287,7 +287,7 @@ def end_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
 
 
 def load_generation_config(model: Any, **options: Any) -> Any:
-    """The generation config of a model, or of one that is still to be loaded, by id or folder; None where there is none.
+    """The generation config of a model, or of one that is still to be loaded, by id or folder; None without one.
 
     Args:
         model: A loaded model, or its id or folder.

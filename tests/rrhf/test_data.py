@@ -6,9 +6,11 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
+from tests import chat
 from tests.ppo.tiny import tiny_tokenizer
 from tests.rrhf.ranked import chats, ranked, ranked_rows
-from trl_ext.rrhf.data import check_tokenizer, collate, encode_dataset, longest, prompt_encoder, to_batch
+from trl_ext.rrhf.data import collate, encode_dataset, to_batch
+from trl_ext.text import TextEncoder
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,7 @@ def tokenizer():
 
 def encode(rows, tokenizer, **options):
     dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
-    return encode_dataset(dataset, "train_dataset", tokenizer, **({"max_length": 32} | options))
+    return encode_dataset(dataset, "train_dataset", TextEncoder(tokenizer), **({"max_length": 32} | options))
 
 
 def row(**changes):
@@ -57,7 +59,7 @@ def test_a_token_across_the_border_is_not_made():
     """The tokenizer merges a and b: the response must still follow the tokens that the prompt has alone."""
 
     class Merging:
-        eos_token_id = 0
+        eos_token_id = pad_token_id = 0
 
         def __call__(self, text, add_special_tokens=True):
             ids = [1] if add_special_tokens else []  # bos
@@ -66,15 +68,15 @@ def test_a_token_across_the_border_is_not_made():
                 text = text[2:] if text[:2] == "ab" else text[1:]
             return {"input_ids": ids}
 
-    prompt_ids, encode_response = prompt_encoder(Merging(), "xa")
-    assert prompt_ids == [1, ord("x"), ord("a")]
-    assert encode_response("bc") == [ord("b"), ord("c"), 0]
-    assert encode_response("cab") == [ord("c"), 9, 0]
+    encoder = TextEncoder(Merging())
+    assert encoder.prompt_ids("xa") == [1, ord("x"), ord("a")]
+    assert encoder.response_ids("xa", "bc") == [ord("b"), ord("c"), 0]
+    assert encoder.response_ids("xa", "cab") == [ord("c"), 9, 0]
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
     class Rewriting:
-        chat_template = "x"
+        chat_template, eos_token_id, pad_token_id = "x", 0, 0
 
         def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
             return f"{len(messages)} messages"
@@ -82,9 +84,9 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
         def __call__(self, text, add_special_tokens=True):
             return {"input_ids": [1]}
 
-    _, encode_response = prompt_encoder(Rewriting(), [{"role": "user", "content": "w1"}], "train_dataset row 3")
+    prompt = [{"role": "user", "content": "w1"}]
     with pytest.raises(ValueError, match="train_dataset row 3: the chat template renders"):
-        encode_response("w2")
+        TextEncoder(Rewriting()).response_ids(prompt, "w2", where="train_dataset row 3")
 
 
 @pytest.mark.parametrize(
@@ -108,10 +110,10 @@ def test_a_bad_row_is_named(tokenizer, bad, message):
 
 def test_a_bad_dataset_is_named(tokenizer):
     with pytest.raises(TypeError, match=r"Dataset\.from_list"):
-        encode_dataset([row()], "train_dataset", tokenizer, max_length=8)
+        encode_dataset([row()], "train_dataset", TextEncoder(tokenizer), max_length=8)
     stream = IterableDataset.from_generator(lambda: iter([row()]))
     with pytest.raises(TypeError, match="IterableDataset"):
-        encode_dataset(stream, "train_dataset", tokenizer, max_length=8)
+        encode_dataset(stream, "train_dataset", TextEncoder(tokenizer), max_length=8)
     with pytest.raises(ValueError, match=r"train_dataset has no column scores, only \['prompt', 'responses'\]"):
         encode([{"prompt": "w1", "responses": ["w2", "w3"]}], tokenizer)
     with pytest.raises(ValueError, match="train_dataset is empty"):
@@ -175,15 +177,8 @@ def test_a_batch_holds_every_response_with_its_reward_and_prompt(tokenizer, make
     assert owners.bincount().tolist() == lengths
 
 
-def test_lengths_and_tokenizers():
-    assert longest(None, None) == 1024
-    assert longest(None, 64) == 64
-    assert longest(None, 4096) == 1024
-    assert longest(32, 64) == 32
-    with pytest.raises(ValueError, match="max_length=65 exceeds the model's 64 positions"):
-        longest(65, 64)
-    tokenizer = tiny_tokenizer(pad_token=None)
-    check_tokenizer(tokenizer)
-    assert tokenizer.pad_token == "<eos>"
-    with pytest.raises(ValueError, match="no eos_token"):
-        check_tokenizer(tiny_tokenizer(eos_token=None))
+def test_no_response_is_trained_behind_its_end_token():
+    tokenizer = chat.tokenizer_of(chat.CHATML, "<|im_end|>")
+    user = [{"role": "user", "content": "Hi"}]
+    (encoded,), _ = encode([row(prompt=user, responses=["Yes", "No."])], tokenizer, max_length=99)
+    assert [tokenizer.decode(ids) for ids in encoded["response_ids"]] == ["Yes<|im_end|>", "No.<|im_end|>"]

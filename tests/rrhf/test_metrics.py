@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 
-from trl_ext.rrhf.metrics import Ratios, ranking_metrics
+from trl_ext.rrhf.metrics import RunningMeans, ranking_metrics
 
 
 def found(scores, rewards, group, logps=None):
     scores, rewards, group = torch.tensor(scores), torch.tensor(rewards), torch.tensor(group)
     logps = scores[:, None].clone() if logps is None else torch.tensor(logps)
-    ratios = Ratios()
-    ratios.add(ranking_metrics(scores, rewards, logps, logps < 0, group))
-    return ratios.take(lambda x: x, torch.device("cpu"))
+    means = RunningMeans()
+    means.add(ranking_metrics(scores, rewards, logps, logps < 0, group))
+    return means.take(lambda x: x, torch.device("cpu"))
 
 
 def test_a_perfect_a_reversed_and_a_mixed_order():
@@ -71,8 +71,8 @@ def test_perplexity_is_by_token_of_the_best_responses():
 
 
 def test_ratios_add_over_batches_and_processes_and_start_again():
-    ratios, device = Ratios(), torch.device("cpu")
-    ratios.add({"a": (1.0, 4.0), "b": (torch.tensor(2), torch.tensor(1))})
-    ratios.add({"a": (2.0, 2.0), "none": (0.0, 0.0)})
-    assert ratios.take(lambda x: 2 * x, device) == {"a": 0.5, "b": 2.0}
-    assert ratios.take(lambda x: x, device) == {}
+    means, device = RunningMeans(), torch.device("cpu")
+    means.add({"a": (1.0, 4.0), "b": (torch.tensor(2), torch.tensor(1))})
+    means.add({"a": (2.0, 2.0), "none": (0.0, 0.0)})
+    assert means.take(lambda x: 2 * x, device) == {"a": 0.5, "b": 2.0}
+    assert means.take(lambda x: x, device) == {}

@@ -1,6 +1,7 @@
 """The online variants: when responses are sampled, from which policy, how they are scored, and resuming."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from transformers import TrainerCallback
 
 from tests.ppo import tiny
 from tests.rrhf.ranked import chats, count_w3, ranked, trainer, tuned
-from trl_ext import Role
+from trl_ext import Role, SharedBaseModel
 from trl_ext.rrhf.data import collate
-from trl_ext.rrhf.scoring import checked_rewards, reward_functions
+from trl_ext.scoring import ClassifierReward
 
 ALWAYS = 10_000  # steps
 
@@ -133,7 +134,7 @@ def test_scores_are_those_of_functions_and_reward_role(world, tmp_path):
     decode = functools.partial(run.processing_class.decode, skip_special_tokens=True)
     for label, row in enumerate(new):
         for ids, score in zip(row.response_ids, row.scores, strict=True):
-            sequence = torch.tensor([row.prompt_ids + ids])
+            sequence = torch.tensor([run.encoder.scored_ids(row.prompt, row.prompt_ids, ids)])
             role = run.model.eval().score(sequence, torch.ones_like(sequence)).item()
             expected = 2 * count_w3(None, [decode(ids)])[0] + (0 if label % 2 else 10 * label) + 0.5 * role
             assert score == pytest.approx(expected, abs=1e-4)
@@ -240,7 +241,7 @@ def test_checkpoints_wait_for_the_next_sampling_and_resume_exactly(world, tmp_pa
 def test_trainings_after_one_another_do_not_share_samples(world, tmp_path):
     run = online(world, tmp_path, max_steps=1, online_every_steps=ALWAYS)
     spy = Spy(run)
-    run.sampled_batches = ["left over from a run that was interrupted"]
+    run.sampled_batches.append("left over from a run that was interrupted")
     run.train()
     assert spy.sampled == [(0, 4)]
 
@@ -259,31 +260,52 @@ def test_the_card_shows_the_course_of_the_reward(world, tmp_path):
     assert "| step | loss | reward |" in text
 
 
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
-        ([1.0], "'scorer' returned 1 rewards for 2 completions"),
-        ([1.0, float("nan")], "'scorer' returned nan for the completion 'b'"),
-        ([1.0, "2"], "'scorer' returned '2' for the completion 'b'"),
-    ],
-)
-def test_what_reward_functions_return_is_checked(returned, message):
-    def scorer(**kwargs):
-        return returned
-
-    with pytest.raises(ValueError, match=message):
-        checked_rewards(functools.partial(scorer), scorer(), ["a", "b"])
-    assert checked_rewards(scorer, torch.tensor([1, 2]), ["a", "b"]) == [1, 2]
-    assert checked_rewards(scorer, [None, 2.0], ["a", "b"]) == [None, 2.0]
-
-
-def test_scorers_that_are_none(world, tmp_path):
-    with pytest.raises(ValueError, match="need a scorer"):
-        reward_functions(None, None, has_reward_role=False)
-    assert reward_functions(None, None, has_reward_role=True) == []
-    for bad in ("some/model", torch.nn.Linear(1, 1)):
-        with pytest.raises(TypeError, match="give functions"):
-            reward_functions([bad], None, has_reward_role=True)
-    run = online(world, tmp_path, reward_funcs=lambda completions, **_: [None] * len(completions))
+def test_a_run_without_a_scorer_is_refused_and_so_is_a_response_that_nothing_scores(world, tmp_path):
+    with pytest.raises(ValueError, match="nothing that scores responses"):
+        online(world, tmp_path, reward_funcs=None)
+    run = online(world, tmp_path, reward_funcs=lambda completions, **kwargs: [None] * len(completions))
     with pytest.raises(ValueError, match="every reward function returned None"):
         run.train()
+
+
+async def count_later(prompts, completions, **kwargs):
+    return [value + 1 for value in count_w3(prompts, completions)]
+
+
+def test_async_functions_and_reward_models_score(world, tmp_path):
+    run = online(world, tmp_path, reward_funcs=[count_later, str(world / "classifier")], reward_weights=[2.0, 1.0])
+    new, _ = run.sampler.resample(rows_of(run), seed=1)
+    classifier = ClassifierReward(str(world / "classifier"))
+    for row in new:
+        texts = run.encoder.tokenizer.batch_decode(row.response_ids, skip_special_tokens=True)
+        counted, judged = count_w3([], texts), classifier([row.prompt] * len(texts), texts)
+        expected = [2 * (count + 1) + score for count, score in zip(counted, judged, strict=True)]
+        assert row.scores == pytest.approx(expected, abs=1e-4)
+    run.train()
+    assert run.state.global_step == 2
+
+
+def test_the_best_checkpoint_exists_and_comes_back(world, tmp_path):
+    """Evaluations wait for the same border as saves: otherwise the best step would have no checkpoint."""
+    run = online(
+        world,
+        tmp_path,
+        eval_dataset=ranked(4),
+        max_steps=6,
+        online_every_steps=3,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="ranking_accuracy",
+        dataset=prompts(16),
+    )
+    run.train()
+    evaluated = [entry["step"] for entry in run.state.log_history if "eval_ranking_accuracy" in entry]
+    saved = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    assert evaluated == saved
+    best = Path(run.state.best_model_checkpoint)
+    assert best.is_dir()
+    kept = SharedBaseModel.from_pretrained(str(world / "base"), policy_adapter=best, with_critic=False)
+    assert tiny.same(tiny.role_weights(run.model, Role.POLICY), tiny.role_weights(kept, Role.POLICY))

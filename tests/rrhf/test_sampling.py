@@ -13,9 +13,10 @@ from tests.ppo.tiny import count_words
 from tests.rrhf.ranked import tuned, words
 from tests.rrhf.sample_and_die import check_file, kill_once_it_has, prompts, sample
 from trl_ext import Role
+from trl_ext.generation.seeded import SeededChoice, generate_responses, prompt_generator
 from trl_ext.rrhf import ClassifierReward, ResponseScorer, SamplingConfig, load_responses, sample_responses
-from trl_ext.rrhf.generation import SeededChoice, generate_responses, prompt_generator
 from trl_ext.rrhf.response_log import ResponseLog
+from trl_ext.text import TextEncoder
 
 ENDS = [1, 5]
 
@@ -168,7 +169,7 @@ def test_what_the_limit_cut_gets_no_end_in_training(model, tokenizer, tmp_path):
         sample_responses(model, tokenizer, dataset, path, args, scorer(tokenizer))
         found = load_responses(path)
         assert 0 < sum(map(sum, found["truncated"])) < 24
-        encoded, _ = encode_dataset(found, "train_dataset", tokenizer, max_length=32)
+        encoded, _ = encode_dataset(found, "train_dataset", TextEncoder(tokenizer, ENDS), max_length=32)
         for row, ids in zip(found, encoded["response_ids"], strict=True):
             given = [(t, cut) for t, cut in zip(row["responses"], row["truncated"], strict=True) if t.strip()]
             for (_, cut), response in zip(given, ids, strict=True):
@@ -179,7 +180,8 @@ def test_reward_role_ensembles_and_classifiers_score(world, model, tokenizer, tm
     both, own, seen = tuned(world), ResponseScorer(model, tokenizer), []
 
     def spy(samples):
-        seen.extend(row.prompt_ids + ids for row, ids in samples)
+        encoder = TextEncoder(tokenizer)
+        seen.extend(encoder.scored_ids(row.prompt, row.prompt_ids, ids) for row, ids in samples)
         return own(samples)
 
     args = SamplingConfig(sampling_methods=["temperature:2"], max_new_tokens=6)
@@ -189,17 +191,17 @@ def test_reward_role_ensembles_and_classifiers_score(world, model, tokenizer, tm
     scores = [score for record in load_responses(tmp_path / "r.jsonl") for score in record["scores"]]
     assert scores == pytest.approx(alone, abs=1e-4)
     assert not both.has_role(Role.REWARD)
-    with pytest.raises(ValueError, match="responses need a scorer"):
+    with pytest.raises(ValueError, match="nothing that scores responses"):
         ResponseScorer(both, tokenizer)
     with pytest.raises(ValueError, match="ensemble='best' is unknown"):
         ResponseScorer(model, tokenizer, ensemble="best")
     classifier = ClassifierReward(str(world / "classifier"), batch_size=2)
     texts = ["w3", "w4 w5 w6", "w7"]
-    ids = [tokenizer("w1 w2 " + text, return_tensors="pt") for text in texts]
+    ids = [tokenizer(f"w1 w2 {text}<eos>", return_tensors="pt") for text in texts]
     alone = [classifier.model(input_ids=i["input_ids"]).logits.item() for i in ids]
     assert classifier(["w1 w2 "] * 3, texts) == pytest.approx(alone, abs=1e-5)
     with pytest.raises(ValueError, match="returned nan"):
-        ResponseScorer(None, tokenizer, lambda **_: [float("nan")] * 2)([*_two_samples(tokenizer)])
+        ResponseScorer(None, tokenizer, lambda **kwargs: [float("nan")] * 2)([*_two_samples(tokenizer)])
 
 
 def _two_samples(tokenizer):

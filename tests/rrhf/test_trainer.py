@@ -323,7 +323,7 @@ def test_a_model_that_cannot_share_prompts_warns_and_trains(world, tmp_path):
     _, sft, _ = by_hand(run, ranked_rows())
     run.state.global_step = 1
     run.compute_loss(run.model, batch(run))
-    metrics = run.ratios["train" if run.model.training else "eval"].take(lambda x: x, torch.device("cpu"))
+    metrics = run.running_means["train" if run.model.training else "eval"].take(lambda x: x, torch.device("cpu"))
     assert metrics["sft_loss"] == pytest.approx(sft.item(), abs=1e-3)
     run.train()
 
@@ -350,7 +350,7 @@ def test_dropout_is_off_unless_asked_for(world, tmp_path):
         ({"max_length": 65}, "max_length=65 exceeds the model's 64 positions"),
         ({"eval_dataset": Dataset.from_dict({"prompt": ["w1"]})}, "eval_dataset has no column responses, scores"),
         ({"eval_dataset": {"x": ranked(0)}}, r"eval_dataset\['x'\]"),
-        ({"online_every_steps": 2}, "responses need a scorer"),
+        ({"online_every_steps": 2}, "nothing that scores responses"),
         ({"online_every_pass": True, "reward_funcs": count_w3, "reward_weights": [1.0, 2.0]}, "2 numbers for 1"),
     ],
 )

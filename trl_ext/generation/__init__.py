@@ -1,0 +1,1 @@
+"""Prompts to completions: by generate, seeded prompt by prompt, or as TRL does it."""

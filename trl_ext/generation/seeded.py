@@ -14,8 +14,6 @@ Sources: Vijayakumar et al. 2016, arXiv 1610.02424 (Hamming diversity); Holtzman
 Beam search is transformers' own, and draws nothing.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor

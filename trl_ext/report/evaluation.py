@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from trl_ext.generation.seeded import generate_responses, prompt_generator
 from trl_ext.roles import Role, SharedBaseModel, can_share_prompts, column_limit
 from trl_ext.rrhf.data import RankedRow, to_batch
-from trl_ext.rrhf.generation import device_of, generate_responses, prompt_generator
 from trl_ext.text import TextEncoder, end_token_ids
 
 LABELS = {
@@ -58,7 +58,7 @@ def evaluate_policy(
     Returns:
         Metrics by the keys of `LABELS`, and the responses' texts.
     """
-    encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, model.get_base_model().generation_config))
+    encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, model.generation_config))
     rows = []
     for row in prompts:
         columns = {name: value for name, value in row.items() if name != "prompt"}
@@ -100,12 +100,12 @@ def evaluate_policy(
 @torch.no_grad()
 def likelihoods(model: SharedBaseModel, pad: int, rows: list[RankedRow], batch_size: int) -> dict[str, float]:
     """KL(policy, reference) of the responses, the plain estimate, and their perplexity under both."""
-    backbone, was_training = model.get_base_model().base_model, model.training
+    backbone, was_training = model.backbone, model.training
     share, limit = can_share_prompts(backbone), column_limit(backbone)
     model.eval()
     policy = reference = tokens = 0.0
     for i in range(0, len(rows), batch_size):
-        batch = to_batch(rows[i : i + batch_size], pad, share=share, max_columns=limit, device=device_of(model))
+        batch = to_batch(rows[i : i + batch_size], pad, share=share, max_columns=limit, device=model.input_device)
         outputs = model(parts=batch.parts, roles=(Role.POLICY, Role.REFERENCE))
         policy += float(outputs["logps"].sum())
         reference += float(outputs["reference_logps"].sum())

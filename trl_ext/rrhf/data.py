@@ -26,6 +26,7 @@ ENCODED = {
     **dict.fromkeys(COUNTED, Value("int32")),
 }
 
+
 @dataclass(slots=True)
 class RankedRow:
     """One prompt and K responses with their scores, as tokens."""
