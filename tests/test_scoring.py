@@ -157,7 +157,7 @@ def test_a_classifier_is_a_reward_function_with_its_own_reading(world):
     sources = RewardSources([str(world / "classifier"), model], processing_classes=[None, tokenizer])
     assert sources.names == ["classifier", "classifier_2"]
     scores = sources(prompts=prompts, completions=completions, completion_ids=[[1]] * 3)
-    torch.testing.assert_close(scores, torch.tensor(expected)[:, None].expand(3, 2))
+    torch.testing.assert_close(scores.float(), torch.tensor(expected)[:, None].expand(3, 2))
 
 
 def test_nan_from_a_classifier_is_an_error(world):

@@ -154,9 +154,6 @@ def checked_reward(function: RewardFunction, name: str | None = None) -> RewardF
         own = own.func
     called = name or _name(function)
 
-    def check(rewards: Any, completions: list[Any]) -> list[float | None]:
-        return _checked(called, rewards, completions)
-
     def call(*args: Any, **kwargs: Any) -> Any:
         _check_signature(function, called, args, kwargs)
         return function(*args, **kwargs)
@@ -165,14 +162,14 @@ def checked_reward(function: RewardFunction, name: str | None = None) -> RewardF
 
         @functools.wraps(function, updated=())
         async def checked_async(*args: Any, **kwargs: Any) -> Any:
-            return check(await call(*args, **kwargs), kwargs["completions"])
+            return _checked(called, await call(*args, **kwargs), kwargs["completions"])
 
         checked_async.__name__ = called
         return checked_async
 
     @functools.wraps(function, updated=())
     def checked(*args: Any, **kwargs: Any) -> Any:
-        return check(call(*args, **kwargs), kwargs["completions"])
+        return _checked(called, call(*args, **kwargs), kwargs["completions"])
 
     checked.__name__ = called
     return checked
@@ -293,7 +290,12 @@ def role_scores(
         ValueError: A score that is not finite, or a sequence longer than the model's positions.
     """
     ids = [encoder.scored_ids(*row) for row in zip(prompts, prompt_ids, response_ids, strict=True)]
-    check_positions(model.config, max(map(len, ids)))
+    positions, longest = max_positions(model.config), max(map(len, ids))
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"a prompt and response of {longest} tokens, the end of the chat template included, exceed the model's "
+            f"{positions} positions: no score can be read. Lower max_completion_length, or drop long prompts."
+        )
     groups, starts = [[row] for row in ids], [[len(row)] for row in ids]
     parts = pack(groups, starts, encoder.pad_id, share=False, max_tokens=max_tokens)
     training = model.training
@@ -310,20 +312,6 @@ def role_scores(
         )
     scores, uncertainty = combine_scores(members, ensemble, ensemble_coef)
     return scores, uncertainty if members.shape[1] > 1 else None
-
-
-def check_positions(config: Any, length: int) -> None:
-    """Check that a model has positions for a sequence to score.
-
-    Raises:
-        ValueError: It has not.
-    """
-    positions = max_positions(config)
-    if positions is not None and length > positions:
-        raise ValueError(
-            f"a prompt and response of {length} tokens, the end of the chat template included, exceed the model's "
-            f"{positions} positions: a reward cannot be read. Lower max_completion_length, or drop long prompts."
-        )
 
 
 def combine(per_function: Tensor, weights: Tensor, role: Tensor | None, role_weight: float) -> Tensor:
