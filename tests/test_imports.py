@@ -24,7 +24,7 @@ ALLOWED = {
     "text": set(),
     "generation": {"ops", "roles", "text"},
     "scoring": {"ops", "roles", "text"},
-    "report": {"ops", "roles", "text", "generation", "scoring", "rrhf"},
+    "report": {"ops", "roles", "text", "generation", "scoring"},
     "data": {"ops", "text"},
     "toy": {"ops", "roles", "data"},
     "memory": {"ops", "roles"},

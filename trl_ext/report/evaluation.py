@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from trl_ext.generation.seeded import generate_responses, prompt_generator
-from trl_ext.roles import Role, SharedBaseModel, can_share_prompts, column_limit
-from trl_ext.rrhf.data import RankedRow, to_batch
+from trl_ext.ops.packing import pack
+from trl_ext.roles import Role, SharedBaseModel
 from trl_ext.text import TextEncoder, end_token_ids
 
 LABELS = {
@@ -23,6 +24,17 @@ LABELS = {
     "truncated": "share cut by the length limit",
     "distinct_2": "distinct-2",
 }
+
+
+@dataclass(slots=True)
+class AnsweredPrompt:
+    """A prompt of the evaluation and the response that stands for the policy."""
+
+    prompt: Any
+    prompt_ids: list[int]
+    columns: dict[str, Any]
+    response_ids: list[int] = field(default_factory=list)
+    score: float = 0.0
 
 
 def distinct_2(texts: list[str]) -> float:
@@ -62,7 +74,7 @@ def evaluate_policy(
     rows = []
     for row in prompts:
         columns = {name: value for name, value in row.items() if name != "prompt"}
-        rows.append(RankedRow(row["prompt"], encoder.prompt_ids(row["prompt"]), [], [], columns))
+        rows.append(AnsweredPrompt(row["prompt"], encoder.prompt_ids(row["prompt"]), columns))
     per_call = max(1, batch_size // best_of)
     for i in tqdm(range(0, len(rows), per_call), desc="evaluating", leave=False):
         part = rows[i : i + per_call]
@@ -80,13 +92,14 @@ def evaluate_policy(
         for j, (row, group) in enumerate(zip(part, groups, strict=True)):
             own = scores[j * best_of : (j + 1) * best_of]
             best = max(range(best_of), key=own.__getitem__)
-            row.response_ids, row.scores = [group[best]], [own[best]]
-    ids = [row.response_ids[0] for row in rows]
+            row.response_ids, row.score = group[best], own[best]
+    ids = [row.response_ids for row in rows]
     texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    metrics = {"reward": sum(row.scores[0] for row in rows) / len(rows)}
-    metrics["reward_std"] = float(torch.tensor([row.scores[0] for row in rows]).std()) if len(rows) > 1 else 0.0
+    metrics = {"reward": sum(row.score for row in rows) / len(rows)}
+    metrics["reward_std"] = float(torch.tensor([row.score for row in rows]).std()) if len(rows) > 1 else 0.0
     if gold is not None:
-        values = torch.tensor(gold(prompts=[row.prompt for row in rows], completions=texts))
+        completions = [encoder.completion(row.prompt, text) for row, text in zip(rows, texts, strict=True)]
+        values = torch.tensor(gold(prompts=[row.prompt for row in rows], completions=completions))
         metrics |= {"gold": float(values.mean()), "gold_std": float(values.std()) if len(rows) > 1 else 0.0}
     metrics |= likelihoods(model, encoder.pad_id, rows, batch_size)
     if best_of > 1:
@@ -98,15 +111,19 @@ def evaluate_policy(
 
 
 @torch.no_grad()
-def likelihoods(model: SharedBaseModel, pad: int, rows: list[RankedRow], batch_size: int) -> dict[str, float]:
+def likelihoods(model: SharedBaseModel, pad_id: int, rows: list[AnsweredPrompt], batch_size: int) -> dict[str, float]:
     """KL(policy, reference) of the responses, the plain estimate, and their perplexity under both."""
-    backbone, was_training = model.backbone, model.training
-    share, limit = can_share_prompts(backbone), column_limit(backbone)
+    was_training = model.training
     model.eval()
     policy = reference = tokens = 0.0
     for i in range(0, len(rows), batch_size):
-        batch = to_batch(rows[i : i + batch_size], pad, share=share, max_columns=limit, device=model.input_device)
-        outputs = model(parts=batch.parts, roles=(Role.POLICY, Role.REFERENCE))
+        part = rows[i : i + batch_size]
+        groups, starts = (
+            [[[*row.prompt_ids, *row.response_ids]] for row in part],
+            [[len(row.prompt_ids)] for row in part],
+        )
+        parts = [each.to(model.input_device) for each in pack(groups, starts, pad_id, share=False)]
+        outputs = model(parts=parts, roles=(Role.POLICY, Role.REFERENCE))
         policy += float(outputs["logps"].sum())
         reference += float(outputs["reference_logps"].sum())
         tokens += float(outputs["mask"].sum())
