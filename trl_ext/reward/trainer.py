@@ -20,6 +20,7 @@ from transformers import (
 )
 from trl import RewardTrainer
 
+from trl_ext.checkpoints import checkpoint_to_resume
 from trl_ext.data import ConversionReport
 from trl_ext.report.cards import write_card
 from trl_ext.reward.card import model_card
@@ -142,6 +143,10 @@ class RewardModelTrainer(RewardTrainer):
         self.evaluation: dict[str, Any] = {}
         model.model_card = self._card
         self.add_callback(_ScaleOfScores(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
+        return super().train(checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir)), *args, **kwargs)
 
     # ------------------------------------------------------------------ the seam: loss
 

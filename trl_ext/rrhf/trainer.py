@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from trl_ext.checkpoints import checkpoint_to_resume
 from trl_ext.report.cards import write_card
 from trl_ext.roles import (
     Role,
@@ -148,6 +149,12 @@ class RRHFTrainer(Trainer):
             self.sampler = OnlineSampler(model, self.encoder, args, scorer)
             self.add_callback(BorderCallback(self.sampled_batches))
         model.model_card = self._card
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
+        others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
+        resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), others)
+        return super().train(resume, *args, **kwargs)
 
     # ------------------------------------------------------------------ the loss
 

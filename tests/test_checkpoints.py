@@ -1,0 +1,134 @@
+"""Which checkpoints are whole; runs that go on from the newest one that is, of every trainer."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.ppo import tiny
+from tests.reward import runs
+from tests.rrhf import ranked
+from trl_ext import Role
+from trl_ext.checkpoints import checkpoint_to_resume, checkpoints_of, make_room, newest_whole, what_is_wrong
+
+FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny.build(tmp_path_factory.mktemp("world"))
+
+
+def reward_run(world, folder, **options):
+    return runs.trainer(world / "base", folder, **options)
+
+
+def rrhf_run(world, folder, **options):
+    return ranked.trainer(world, folder, **options)
+
+
+KINDS = {"ppo": tiny.trainer, "reward": reward_run, "rrhf": rrhf_run}
+SAVED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def saved(world, tmp_path_factory):
+    """Method -> folder with four checkpoints."""
+    folders = {}
+    for name, make in KINDS.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        make(world, folders[name], **SAVED).train()
+    return folders
+
+
+@pytest.fixture
+def copy_of(saved, tmp_path):
+    def copied(name):
+        shutil.copytree(saved[name], tmp_path / name)
+        return tmp_path / name
+
+    return copied
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_file_that_is_missing_or_torn_is_named(copy_of, kind):
+    folder = copy_of(kind) / "checkpoint-4"
+    roles = ["critic", "reference", "reward"] if kind == "ppo" else []
+    assert what_is_wrong(folder, roles) is None
+    files = [*FILES, "trainer_state.json", *(f"{role}/{file}" for role in roles for file in FILES[:2])]
+    for name in files:
+        path, content = folder / name, (folder / name).read_bytes()
+        if name != "rng_state.pth":  # another number of processes has others
+            path.unlink()
+            assert what_is_wrong(folder, roles) == f"{name} is missing"
+        for length in (0, 1, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:length])
+            assert what_is_wrong(folder, roles).startswith(f"{name} is torn or damaged"), (name, length)
+        path.write_bytes(content)
+    assert what_is_wrong(folder, roles) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.pt", "adapter_model.safetensors"])
+def test_a_torn_checkpoint_is_skipped_and_the_run_ends_as_if_nothing_had_happened(
+    saved, copy_of, world, kind, file, caplog
+):
+    folder = copy_of(kind)
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "checkpoint-3" / file).write_bytes(b"{")
+    run = KINDS[kind](world, folder, **SAVED)
+    run.train(resume_from_checkpoint=True)
+    assert f"going on from {folder / 'checkpoint-2'}" in caplog.text
+    assert f"checkpoint-3: {file} is torn or damaged" in caplog.text
+    for name in ("checkpoint-3", "checkpoint-4"):
+        ended, expected = folder / name / FILES[0], saved[kind] / name / FILES[0]
+        assert ended.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_without_a_file_is_refused_by_name(copy_of, world, kind):
+    folder = copy_of(kind)
+    for file in ("optimizer.pt", "adapter_model.safetensors"):
+        (folder / "checkpoint-3" / file).unlink()
+        with pytest.raises(ValueError, match=f"checkpoint-3.*not a whole checkpoint of this run: .*{file} is missing|"):
+            KINDS[kind](world, folder, **SAVED).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+
+
+def test_a_critic_that_is_missing_is_an_error(copy_of, world):
+    folder = copy_of("ppo")
+    shutil.rmtree(folder / "checkpoint-4" / "critic")
+    run = tiny.trainer(world, folder, **SAVED)
+    before = tiny.role_weights(run.model, Role.POLICY)
+    with pytest.raises(ValueError, match=r"critic/adapter_config\.json is missing"):
+        run.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert tiny.same(before, tiny.role_weights(run.model, Role.POLICY))
+
+
+def test_nothing_to_resume_is_an_error(tmp_path):
+    assert checkpoint_to_resume(None, tmp_path) is None
+    assert checkpoint_to_resume(False, tmp_path) is None
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        checkpoint_to_resume(True, tmp_path)
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(ValueError, match=r"no whole checkpoint \(checkpoint-7: adapter_config.json is missing\)"):
+        checkpoint_to_resume(True, tmp_path)
+    assert newest_whole(tmp_path)[0] is None
+
+
+def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-last"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_a_checkpoint_is_never_written_over_an_older_one(copy_of, world):
+    """Killed half-way, a folder that another run had filled would look whole: weights of one, state of the other."""
+    folder = copy_of("reward")
+    run = reward_run(world, folder, **SAVED)
+    left = folder / "checkpoint-1" / "of_an_older_run"
+    left.touch()
+    run.train()
+    assert not left.exists()
+    assert torch.load(folder / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    make_room(run.args, 1)
+    assert not (folder / "checkpoint-1").exists()
