@@ -61,9 +61,9 @@ def test_every_file_that_is_missing_or_torn_is_named(copy_of, kind):
         if name != "rng_state.pth":  # another number of processes has others
             path.unlink()
             assert what_is_wrong(folder, roles) == f"{name} is missing"
-        for length in (0, 1, len(content) // 2, len(content) - 1):
+        for length in (0, 1, len(content) // 2, len(content.rstrip()) - 1):
             path.write_bytes(content[:length])
-            assert what_is_wrong(folder, roles).startswith(f"{name} is torn or damaged"), (name, length)
+            assert str(what_is_wrong(folder, roles)).startswith(f"{name} is torn or damaged"), (name, length)
         path.write_bytes(content)
     assert what_is_wrong(folder, roles) is None
 
@@ -88,9 +88,9 @@ def test_a_torn_checkpoint_is_skipped_and_the_run_ends_as_if_nothing_had_happene
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_without_a_file_is_refused_by_name(copy_of, world, kind):
     folder = copy_of(kind)
-    for file in ("optimizer.pt", "adapter_model.safetensors"):
+    for file in ("optimizer.pt", "adapter_model.safetensors"):  # the second comes first in the order of checking
         (folder / "checkpoint-3" / file).unlink()
-        with pytest.raises(ValueError, match=f"checkpoint-3.*not a whole checkpoint of this run: .*{file} is missing|"):
+        with pytest.raises(ValueError, match=f"checkpoint-3.*not a whole checkpoint of this run: {file} is missing"):
             KINDS[kind](world, folder, **SAVED).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
 
 

@@ -17,7 +17,7 @@ class RRHFConfig(TrainingArguments):
     A batch is `per_device_train_batch_size` prompts, each with all its responses.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]
 
     # Fields of the parent with other defaults, as in TRL
     learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of the policy's adapter."})
@@ -34,6 +34,9 @@ class RRHFConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Options of the base's `from_pretrained` (dtype, attn_implementation, revision, ...)."},
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the chat template, such as {'enable_thinking': false}."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the model bring code of its own."})
     disable_dropout: bool = field(

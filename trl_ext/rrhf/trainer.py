@@ -94,7 +94,11 @@ class RRHFTrainer(Trainer):
         # 1. Everything that can be wrong without a model
         kept = {k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs}
         tokenizer: Any = processing_class or load_tokenizer(base_name, **kept)
-        self.encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, load_generation_config(model, **kept)))
+        ends, template_options = (
+            end_token_ids(tokenizer, load_generation_config(model, **kept)),
+            args.chat_template_kwargs,
+        )
+        self.encoder = TextEncoder(tokenizer, ends, template_options)  # type: ignore[arg-type]  # a dict by now
         config = load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config
         max_length = longest(args.max_length, max_positions(config))
         self.data_counts: dict[str, DataReport] = {}
