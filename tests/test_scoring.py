@@ -245,3 +245,8 @@ def test_a_score_that_is_not_finite_and_a_sequence_without_positions_are_errors(
     model.heads["reward"].weight.data.fill_(NAN)
     with pytest.raises(ValueError, match=r"score of the samples \[0\] is not finite"):
         role_scores(model, encoder, ["w1"], [[7]], [[8, 1]])
+
+
+def test_an_end_token_of_the_generation_config_ends_a_response_for_the_scorer(world):
+    model = tiny.four_roles(world)  # its generation config names <eos>, 1, and <end>, 5
+    assert ResponseScorer(model, tiny.tiny_tokenizer()).encoder.end_ids == [1, 5]

@@ -128,6 +128,15 @@ def test_a_blank_before_the_answer_is_the_policys_to_write():
     assert ids == encoder.rendered_ids(USER, "Yes")
 
 
+def test_a_template_that_rewrites_answers_is_rendered_anew():
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | upper }}<|end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    encoder = TextEncoder(chat.tokenizer_of(template, "<|end|>"))
+    ids = encoder.scored_ids(USER, encoder.prompt_ids(USER), sampled(encoder, "yes"))
+    assert ids == encoder.rendered_ids(USER, "yes")
+    assert encoder.tokenizer.decode(ids).endswith("[assistant]YES<|end|>\n")
+
+
 @pytest.mark.parametrize("pad", ["<pad>", None])
 def test_plain_texts_end_as_reward_trainer_ends_them(pad):
     tokenizer = tiny_tokenizer(pad_token=pad)

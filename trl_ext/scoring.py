@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from trl_ext.ops.ensemble import ENSEMBLE_MODES, combine_scores
 from trl_ext.ops.packing import pack
 from trl_ext.roles import Role, SharedBaseModel, max_positions
-from trl_ext.text import Messages, Prompt, TextEncoder, load_tokenizer
+from trl_ext.text import Messages, Prompt, TextEncoder, end_token_ids, load_tokenizer
 
 RewardFunction: TypeAlias = Callable[..., Any]
 RewardSource: TypeAlias = str | torch.nn.Module | RewardFunction  # a classifier's id, a classifier, a function
@@ -380,7 +380,10 @@ class ResponseScorer:
             has_role = self.model is not None
             reward_funcs = RewardSources(reward_funcs, reward_weights, has_reward_role=has_role, device=device)
         self.sources = reward_funcs
-        self.encoder = tokenizer if isinstance(tokenizer, TextEncoder) else TextEncoder(tokenizer)
+        if not isinstance(tokenizer, TextEncoder):
+            config = None if model is None else model.generation_config
+            tokenizer = TextEncoder(tokenizer, end_token_ids(tokenizer, config))
+        self.encoder = tokenizer
         self.role_weight, self.ensemble, self.ensemble_coef = role_weight, ensemble, ensemble_coef
 
     def __call__(self, samples: Sequence[tuple[AnsweredPrompt, list[int]]]) -> list[float]:

@@ -236,6 +236,8 @@ class TextEncoder:
     def _look_up(self, prompt: Messages) -> _Turn:
         header, whole = self._prompt_text(prompt)[0], self._render([*prompt, *_as_messages(ANSWER)])
         start = whole.rfind(ANSWER)
+        if start < 0:  # the template rewrites what an assistant says
+            return _Turn(None, [], "")
         opening = whole[len(header) : start].split() if whole.startswith(header) else []
         tokenize = {"add_special_tokens": False}
         tail: list[int] = self.tokenizer(whole[start + len(ANSWER) :], **tokenize)["input_ids"]

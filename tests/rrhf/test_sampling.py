@@ -180,7 +180,7 @@ def test_reward_role_ensembles_and_classifiers_score(world, model, tokenizer, tm
     both, own, seen = tuned(world), ResponseScorer(model, tokenizer), []
 
     def spy(samples):
-        encoder = TextEncoder(tokenizer)
+        encoder = TextEncoder(tokenizer, ENDS)
         seen.extend(encoder.scored_ids(row.prompt, row.prompt_ids, ids) for row, ids in samples)
         return own(samples)
 
