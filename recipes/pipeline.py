@@ -116,7 +116,6 @@ def judge(trainer: Any, recipe: Any, prompts: Any, judges: list[Path], base: str
     from transformers import AutoTokenizer
 
     from trl_ext import Role, SharedBaseModel
-    from trl_ext.ppo.generation import complete
 
     rows = prompts.select(range(min(recipe.judged_prompts, len(prompts))))["prompt"]
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -128,14 +127,13 @@ def judge(trainer: Any, recipe: Any, prompts: Any, judges: list[Path], base: str
             batch = rows[start : start + 32]
             with trainer.model.role(role), torch.random.fork_rng():
                 torch.manual_seed(trainer.args.seed + start)
-                _, completions, _ = complete(trainer, batch)
+                _, completions, _ = trainer.complete(batch)
             prompt_ids = [tokenizer.apply_chat_template(p, tokenize=True, return_dict=False) for p in batch]
             ids = [[*p, *c] for p, c in zip(prompt_ids, completions, strict=True)]
             padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="right")
             members.append(scorer.score_members(padded["input_ids"], padded["attention_mask"]))
             answers += tokenizer.batch_decode(completions, skip_special_tokens=True)
         scores[name], texts[name] = torch.cat(members), answers
-    trainer._metrics["train"].clear()
     better = (scores["tuned"] > scores["before"]).float()
     mean_better = (scores["tuned"].mean(1) > scores["before"].mean(1)).float()
     share = float(mean_better.mean())

@@ -156,13 +156,10 @@ def sample_completions(trainer: Any, prompts: list[Any], seed: int) -> list[str]
     """One completion per prompt, with a seed of its own, so that before and after differ by the policy alone."""
     import torch
 
-    from trl_ext.ppo.generation import complete
-
     devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        _, ids, _ = complete(trainer, prompts)
-    trainer._metrics["train"].clear()
+        _, ids, _ = trainer.complete(prompts)
     return [text.strip() for text in trainer.processing_class.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -201,7 +198,6 @@ def main(arguments: list[str] | None = None) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     from trl_ext import PPOMaxTrainer
-    from trl_ext.ppo.out_of_memory import explained_out_of_memory
 
     toy = model_args.model_name_or_path is None
     model, inputs = toy_inputs(recipe, training) if toy else real_inputs(recipe, training, model_args)
@@ -223,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
         resume = get_last_checkpoint(training.output_dir)
     prompts = inputs["eval_dataset"][:3]["prompt"]
     print_main("Evaluating the policy before training ...", flush=True)
-    with explained_out_of_memory(trainer, plan):
+    with trainer.explained_out_of_memory(plan):
         before, first = trainer.evaluate(), sample_completions(trainer, prompts, training.seed)
         trainer.train(resume_from_checkpoint=resume or None)
         trainer.save_model()

@@ -32,14 +32,15 @@ from trl.trainer import rloo_trainer
 from trl.trainer.utils import RepeatSampler, shuffle_sequence_dict, split_tensor_dict
 
 from trl_ext import PPOMaxConfig, PPOMaxTrainer
-from trl_ext.ppo.state import PPOStateCallback
+from trl_ext.ppo.callback import PPOStateCallback
+from trl_ext.ppo.state import PPOState
 from trl_ext.reward.trainer import RewardModelTrainer
 
 SEAMS = {
     "_generate_and_score_completions": ["inputs"],
     "_compute_loss": ["model", "inputs"],
 }
-PUBLIC = {"create_model_card"}  # overridden too; documented, unlike the seams
+PUBLIC = {"create_model_card", "get_batch_samples", "train"}  # overridden too; documented, unlike the seams
 CALLED = {
     "_generate": ["prompts"],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
@@ -236,7 +237,7 @@ ENGINE = {"num_blocks": 8, "page_size": 8, "max_batch_tokens": 32}
 
 
 def test_continuous_batching_casts_the_model_by_the_arguments_and_leaves_it_in_training_mode(tmp_path):
-    """`ppo.generation.complete` hides the two arguments and puts the mode back."""
+    """`generation.complete` hides the two arguments and puts the mode back."""
     trainer = rloo(
         tmp_path,
         Recorder,
@@ -409,7 +410,7 @@ def test_the_order_of_prompts_hangs_on_the_samplers_generator(trained):
 def test_the_sampler_is_reached_through_the_dataloader(trained):
     """By the path that `PPOStateCallback.on_epoch_begin` goes: the generator is seeded with seed + epoch."""
     loader = trained.get_train_dataloader()
-    callback = PPOStateCallback(trained)
+    callback = PPOStateCallback(PPOState.of_run(PPOMaxConfig(output_dir="out", use_cpu=True)))
     firsts = []
     for epoch in (0.0, 1.0, 1.0):
         callback.on_epoch_begin(trained.args, SimpleNamespace(epoch=epoch), None, train_dataloader=loader)
@@ -511,7 +512,7 @@ def test_the_reward_trainer_takes_tokenised_rows_a_collator_and_a_loss_of_our_ow
     assert len(trainer.seen) == 2 + 2
 
 
-@pytest.mark.parametrize("name", ["compute_loss", "evaluate", "log", "create_model_card"])
+@pytest.mark.parametrize("name", ["compute_loss", "evaluate", "log", "create_model_card", "get_batch_samples"])
 def test_what_our_reward_trainer_overrides_or_calls_has_its_signature(name):
     ours, theirs = (list(inspect.signature(getattr(c, name)).parameters) for c in (RewardModelTrainer, RewardTrainer))
     assert ours == theirs
@@ -522,5 +523,12 @@ def test_the_reward_trainer_overrides_nothing_private():
         name for base in RewardModelTrainer.__mro__[1:] for name, value in vars(base).items() if callable(value)
     }
     own = {name for name, value in vars(RewardModelTrainer).items() if callable(value)}
-    assert own & inherited == {"__init__", "compute_loss", "evaluate", "create_model_card"}
+    assert own & inherited == {
+        "__init__",
+        "compute_loss",
+        "evaluate",
+        "create_model_card",
+        "get_batch_samples",
+        "train",
+    }
     assert RewardModelTrainer.loss_is_scaled_for_ga is False

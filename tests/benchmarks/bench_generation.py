@@ -84,8 +84,6 @@ def main() -> None:
     import transformers
     import trl
 
-    from trl_ext.ppo.generation import complete
-
     torch.set_num_threads(arguments.threads)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
     print(f"{platform.processor() or platform.machine()}, {arguments.threads} thread(s), {versions}")
@@ -96,7 +94,7 @@ def main() -> None:
             for name, trainer in trainers.items():
                 torch.manual_seed(repeat)
                 started = time.perf_counter()
-                _, completions, _ = complete(trainer, list(trainer.train_dataset["prompt"]))
+                _, completions, _ = trainer.complete(list(trainer.train_dataset["prompt"]))
                 seconds = time.perf_counter() - started
                 count = sum(map(len, completions))
                 if repeat:

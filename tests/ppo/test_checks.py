@@ -7,13 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from tests.ppo import tiny
 from trl_ext import Role
 from trl_ext.ppo import trainer as trainer_module
-from trl_ext.ppo.checks import checked_reward
 from trl_ext.roles import shared_model
+from trl_ext.scoring import checked_reward
 
 NAN, INF = float("nan"), float("inf")
 
@@ -54,7 +54,7 @@ CONVERSATION = Dataset.from_dict({"prompt": [[{"role": "user", "content": "w0 " 
         ({"dataset": LONG}, r"row 2: a prompt of 60 tokens and max_completion_length=6 exceed .*64 .* to at most 4"),
         ({"dataset": CONVERSATION}, r"row \d: a prompt of 62 tokens"),
         ({"max_completion_length": 64}, r"max_completion_length=64 leaves no room for a prompt.*64 positions"),
-        ({"reward_funcs": None}, r"nothing to train against: give reward_funcs, or .*reward_adapter"),
+        ({"reward_funcs": None}, r"nothing that scores responses: give reward_funcs, or .*reward_adapter"),
         ({"reward_weights": [1.0, 2.0]}, r"reward_weights has 2 numbers for 1 reward_funcs"),
         ({"processing_class": tiny.tiny_tokenizer(eos_token=None)}, r"no eos_token.*tokenizer.eos_token ="),
         ({"ptx_coef": 0.1}, r"ptx_coef=0.1 and ptx_dataset go together"),
@@ -90,6 +90,25 @@ def test_the_longest_prompt_that_fits_is_fine(world, tmp_path):
     trainer = tiny.trainer(world, tmp_path, dataset=dataset, max_steps=1)
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_every_prompt_is_measured_not_only_the_longest_texts(world, tmp_path, no_model):
+    # 20 prompts of one word that is long, and between them one of 60 short words
+    texts = ["x" * 500] * 20
+    texts[7] = "w0 " * 60
+    options = {"model": str(world / "base"), "reward_funcs": tiny.count_words, "dataset": rows(*texts)}
+    with pytest.raises(ValueError, match=r"train_dataset row 7: a prompt of 60 tokens .*as do 1 of 20 rows"):
+        tiny.trainer(world, tmp_path, **options)
+
+
+def test_what_the_template_writes_behind_the_end_needs_room_where_it_is_scored(world, tmp_path):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace(" <end> ", " <end> " + "w11 " * 3)
+    dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": "w0 " * 51}]] * 4})  # 57 tokens of 64
+    options = {"processing_class": tokenizer, "dataset": dataset}
+    with pytest.raises(ValueError, match=r"a prompt of 57 tokens .*to at most 4, or drop prompts of more than 55"):
+        tiny.trainer(world, tmp_path, **options)
+    tiny.trainer(world, tmp_path, model=str(world / "base"), reward_funcs=tiny.count_words, **options)
 
 
 def test_a_pad_token_is_made_from_eos_and_pads_on_the_left(world, tmp_path):
@@ -143,7 +162,51 @@ def test_rewards_may_be_a_tensor_or_an_array():
     assert checked_reward(functools.partial(tiny.count_words)).__name__ == "count_words"
 
 
+def test_nan_from_a_reward_model_is_an_error_and_not_a_reward_that_does_not_apply(world, tmp_path):
+    classifier = AutoModelForSequenceClassification.from_pretrained(world / "classifier")
+    classifier.score.weight.data[:] = NAN
+    trainer = tiny.trainer(world, tmp_path, reward_funcs=[classifier, tiny.count_words])
+    with pytest.raises(ValueError, match=r"'classifier' returned nan for sample 0"):
+        trainer.train()
+
+
+def test_a_role_that_was_left_switched_is_found_before_it_generates(world, tmp_path):
+    def careless(completions, **kwargs):
+        trainer.model.role(Role.REWARD).__enter__()
+        return [1.0] * len(completions)
+
+    trainer = tiny.trainer(world, tmp_path, model=tiny.four_roles(world), reward_funcs=careless, max_steps=3)
+    with pytest.raises(RuntimeError, match=r"the reward role is active where the policy should generate"):
+        trainer.train()
+
+
 # ---------------------------------------------------------------------- while it runs
+
+
+def test_a_warm_up_as_long_as_the_epochs_is_found_where_they_are_counted(world, tmp_path):
+    trainer = tiny.trainer(world, tmp_path, max_steps=-1, num_train_epochs=2, critic_warmup_steps=4)
+    with pytest.raises(ValueError, match=r"critic_warmup_steps=4 takes all of the 4 optimizer steps"):
+        trainer.train()
+
+
+class Break(TrainerCallback):
+    """Puts NaN into a trained weight with the second optimizer step."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            next(p for p in model.parameters() if p.requires_grad).data[0, 0] = NAN
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_broken_weights_are_neither_saved_nor_called_the_end(world, tmp_path, strategy):
+    options = {"save_strategy": strategy, "save_steps": 1, "max_steps": 2, "callbacks": [Break()]}
+    trainer = tiny.trainer(world, tmp_path, **options)
+    message = r"after step 2 1 trained weights \(.*\) are not finite"
+    with pytest.raises(RuntimeError, match=message) as error:
+        trainer.train()
+    saved = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert saved == (["checkpoint-1"] if strategy == "steps" else [])
+    assert ("checkpoint-1." if saved else "no checkpoint yet") in str(error.value)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(world, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import trl
 import yaml
 
 from trl_ext import PPOMaxConfig
+from trl_ext.ops.kl import AdaptiveKL
 
 # DESIGN section 4, the column "default"
 DEFAULTS = {
@@ -58,8 +59,8 @@ def test_the_defaults_are_those_of_ppo_max(tmp_path):
         ("kl_target", 0.0, "above 0"),
         ("kl_horizon", -1.0, "above 0"),
         ("temperature", 0.0, "above 0"),
-        ("max_completion_length", 0, "above 0"),
-        ("max_completion_length", None, "above 0"),
+        ("max_completion_length", 0, "whole number of at least 1"),
+        ("max_completion_length", None, "whole number of at least 1"),
         ("beta", -0.1, "at least 0"),
         ("beta", "high", "at least 0"),
         ("vf_coef", -1.0, "at least 0"),
@@ -68,13 +69,17 @@ def test_the_defaults_are_those_of_ppo_max(tmp_path):
         ("missing_eos_penalty", -1.0, "at least 0"),
         ("critic_learning_rate", -1e-5, "at least 0"),
         ("critic_warmup_steps", -1, "at least 0"),
-        ("epsilon", -0.2, "at least 0"),
+        ("epsilon", -0.2, "between 0 and 1"),
+        ("epsilon", 1.2, "between 0 and 1"),
+        ("beta", True, "a number of at least 0"),
+        ("ptx_max_length", 1, "whole number of at least 2"),
+        ("reward_role_weight", float("nan"), "a finite number"),
         ("gamma", 1.1, "between 0 and 1"),
         ("gae_lambda", -0.1, "between 0 and 1"),
         ("value_lambda", 1.5, "between 0 and 1"),
-        ("reward_normalization", "whiten", "use one of norm, scale, none"),
-        ("kl_control", "linear", "use one of fixed, adaptive, penalty"),
-        ("kl_estimator", "k4", "use one of k1, k2, k3"),
+        ("reward_normalization", "whiten", "one of norm, scale, none"),
+        ("kl_control", "linear", "one of fixed, adaptive, penalty"),
+        ("kl_estimator", "k4", "one of k1, k2, k3"),
         ("critic_warmup_explained_variance", 1.5, "at most 1"),
         ("reward_clip_range", (-1.0, 1.0), "use reward_clip"),
         ("mask_truncated_completions", True, "use missing_eos_penalty"),
@@ -110,11 +115,49 @@ def test_an_error_names_the_field_the_value_and_the_remedy(tmp_path, name, value
             {"critic_warmup_explained_variance": 0.5, "critic_warmup_steps": 0},
             "set the steps to the longest that the warm-up may take",
         ),
+        ({"critic_warmup_steps": 5, "max_steps": 5}, r"critic_warmup_steps=5 takes all of the 5 optimizer steps"),
+        (
+            {"critic_warmup_steps": 5, "warmup_steps": 5, "max_steps": 10},
+            r"warms the learning rate up for 5 optimizer steps, and the policy has 5 after critic_warmup_steps=5",
+        ),
+        (
+            {"per_device_train_batch_size": 8, "steps_per_generation": 4, "kl_horizon": 6.4},
+            r"kl_horizon=6.4 is too short for rollout batches of 32 samples: .*must be above 6.4",
+        ),
+        ({"generation_kwargs": {"temperature": 0.5}}, r"'temperature': 0.5.*use the field temperature"),
+        ({"generation_kwargs": {"max_new_tokens": 5}}, r"use the field max_completion_length"),
+        ({"generation_kwargs": {"tempurature": 0.5}}, r"'tempurature': 0.5.*has no such option"),
+        ({"generation_kwargs": {"eos_token_id": 5}}, r"'eos_token_id': 5.*the tokenizer's eos_token"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **options)
+
+
+def test_the_shortest_horizon_that_is_no_error_is_none_in_a_run(tmp_path):
+    config = make(tmp_path, per_device_train_batch_size=8, steps_per_generation=4, kl_horizon=6.5)
+    controller = AdaptiveKL(config.beta, config.kl_target, config.kl_horizon)
+    assert controller.update(0.0, config.generation_batch_size) > 0
+    short = {"kl_horizon": 6.4, "per_device_train_batch_size": 8, "steps_per_generation": 4}
+    make(tmp_path, **short, kl_control="fixed")
+    make(tmp_path, **short, beta=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"generation_kwargs": {"do_sample": False}}, "do_sample"),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 2, "use_cache": True}, "top_k": 5}, "top_k, no_repeat"),
+        ({"generation_kwargs": {"use_cache": True}}, None),
+        ({}, None),
+    ],
+)
+def test_what_changes_the_distribution_is_warned_about(tmp_path, recwarn, options, warned):
+    make(tmp_path, **options).warn_about_off_policy_sampling()
+    messages = [str(w.message) for w in recwarn if "off-policy" in str(w.message)]
+    assert len(messages) == (warned is not None)
+    assert all(warned in message for message in messages)
 
 
 @pytest.mark.parametrize("num_generations", [1, 2, 4])

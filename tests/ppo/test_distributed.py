@@ -54,6 +54,13 @@ def test_both_processes_end_with_the_same_weights(ranks):
     assert ranks[0]["next_random"] != ranks[1]["next_random"]  # each samples completions of its own
 
 
+def test_an_evaluation_before_training_leaves_training_one_run_on_both_processes(ranks):
+    left, right = (rank["evaluated first"] for rank in ranks)
+    assert left["wrapped"] == right["wrapped"] == "DistributedDataParallel"
+    assert tiny.same(left["weights"], right["weights"])
+    assert [rank["on start"] for rank in ranks] == [[0, 2]] * 2
+
+
 def test_moments_and_beta_are_of_all_processes_and_equal(ranks):
     states = [rank["end"]["state"] for rank in ranks]
     assert states[0] == states[1]

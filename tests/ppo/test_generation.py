@@ -7,7 +7,6 @@ from trl import RLOOTrainer
 
 from tests.ppo import tiny
 from trl_ext import PPOMaxConfig, Role
-from trl_ext.ppo.generation import complete
 
 ENGINE = {"num_blocks": 24, "page_size": 8, "max_batch_tokens": 64}
 CONTINUOUS = {"use_transformers_continuous_batching": True, "transformers_continuous_batching_config": ENGINE}
@@ -80,10 +79,31 @@ def test_evaluation_stays_evaluation(world, tmp_path):
     assert trainer.model.training
 
 
+def test_an_empty_completion_of_the_engine_is_counted_where_trl_raises(world, tmp_path, monkeypatch):
+    trainer = tiny.trainer(world, tmp_path, max_steps=1, **CONTINUOUS)
+    original = LlamaForCausalLM.generate_batch
+
+    def generate_batch(self, *args, **kwargs):
+        results = original(self, *args, **kwargs)
+        list(results.values())[1].generated_tokens = []
+        return results
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate_batch", generate_batch)
+    prompts = list(tiny.prompts(3)["prompt"])
+    with pytest.raises(IndexError):
+        trainer._generate(prompts)
+    _, completion_ids, completions = trainer.complete(prompts)
+    assert [ids == [] for ids in completion_ids] == [False, True, False]
+    assert completions[1] == ""
+    assert "generate_batch" not in vars(trainer.model)
+    trainer.train()
+    assert tiny.rollout_entries(trainer)[0]["completions/empty"] == 1
+
+
 def test_nothing_is_cast_to_the_precision_of_training(world, tmp_path):
     trainer = tiny.trainer(world, tmp_path, bf16=True, max_steps=1, **CONTINUOUS)
     before = weights_and_buffers(trainer)
-    complete(trainer, list(tiny.prompts(4)["prompt"]))
+    trainer.complete(list(tiny.prompts(4)["prompt"]))
     after = weights_and_buffers(trainer)
     assert all(after[name].dtype == before[name].dtype and torch.equal(after[name], before[name]) for name in before)
     assert trainer.args.bf16
@@ -103,7 +123,7 @@ def test_precision_and_mode_come_back_after_an_error(world, tmp_path, monkeypatc
 
     monkeypatch.setattr(trainer.model.get_base_model(), "forward", forward)
     with pytest.raises(RuntimeError, match="lost 4 of 4 completions"):
-        complete(trainer, list(tiny.prompts(4)["prompt"]))
+        trainer.complete(list(tiny.prompts(4)["prompt"]))
     assert (trainer.args.bf16, trainer.args.fp16, trainer.model.training) == (True, False, False)
     assert trainer.model.rows_at_a_time is None
 
@@ -134,8 +154,8 @@ def test_a_base_that_continuous_batching_cannot_serve_is_refused_at_the_start(wo
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 does not go with .*: set it to 1"),
         ({"cache_implementation": "static"}, "cache_implementation='static' does not go with"),
         (
-            {"generation_kwargs": {"min_length": 3, "top_k": 5}},
-            r"generation_kwargs=\['min_length'\].*temperature, top_k",
+            {"generation_kwargs": {"min_length": 3, "do_sample": False}},
+            r"generation_kwargs=\['min_length'\].*no others than do_sample",
         ),
         ({"per_device_generate_batch_size": 4}, "per_device_generate_batch_size=4 .*'max_requests_per_batch'"),
         ({"transformers_continuous_batching_config": {"seed": 1}}, r"config\['seed'\]=1 .*same random numbers"),
@@ -149,8 +169,8 @@ def test_what_continuous_batching_would_leave_out_is_refused(tmp_path, options, 
 
 
 def test_what_continuous_batching_applies_is_accepted(tmp_path):
-    kwargs = {"do_sample": False, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "temperature": 0.7, "max_new_tokens": 3}
-    tiny.config(tmp_path, generation_kwargs=kwargs, top_k=5, min_p=0.1, **CONTINUOUS)
+    options = {"top_k": 3, "top_p": 0.9, "min_p": 0.1, "temperature": 0.7, "max_completion_length": 3}
+    tiny.config(tmp_path, generation_kwargs={"do_sample": False}, **options, **CONTINUOUS)
 
 
 @pytest.mark.parametrize("rows", [0, -1, 1.5])

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.ppo import tiny
-from trl_ext.ppo import metrics
-from trl_ext.ppo.out_of_memory import explained_out_of_memory
+from trl_ext.ppo import logging
 
 
 def fail_after(function, calls):
@@ -43,7 +42,7 @@ def test_the_error_names_phase_option_and_checkpoint_from_which_the_run_goes_on(
         setattr(trainer.model, what, fail_after(getattr(trainer.model, what), 2))
     plan = SimpleNamespace(phases={phase: SimpleNamespace(allocated=3 * 2**30)})
     message = rf"phase {phase}\. The plan says 3\.00 GiB.*{remedy}"
-    with pytest.raises(RuntimeError, match=message) as caught, explained_out_of_memory(trainer, plan):
+    with pytest.raises(RuntimeError, match=message) as caught, trainer.explained_out_of_memory(plan):
         trainer.train()
     assert "checkpoint-4." in str(caught.value)
     assert "tried to allocate 2.00 GiB" in str(caught.value)
@@ -56,15 +55,15 @@ def test_an_evaluation_has_its_own_option_and_other_errors_pass(world, tmp_path)
     trainer = tiny.trainer(world, tmp_path, eval_dataset=tiny.prompts(4))
     trainer.model.score_parts = fail_after(trainer.model.score_parts, 0)
     message = r"phase evaluation\. Lower per_device_eval_batch_size.*no checkpoint yet"
-    with pytest.raises(RuntimeError, match=message), explained_out_of_memory(trainer):
+    with pytest.raises(RuntimeError, match=message), trainer.explained_out_of_memory():
         trainer.evaluate()
-    with pytest.raises(KeyError), explained_out_of_memory(trainer):
+    with pytest.raises(KeyError), trainer.explained_out_of_memory():
         raise KeyError
 
 
 def test_every_phase_begins_with_no_memory_cached_by_the_last(monkeypatch):
-    seen, timer = [], metrics.PhaseTimer()
-    monkeypatch.setattr(metrics, "clear_device_cache", lambda: seen.append("cleared"))
+    seen, timer = [], logging.PhaseTimer()
+    monkeypatch.setattr(logging, "clear_device_cache", lambda: seen.append("cleared"))
     for name in ("generate", "score"):
         with timer.phase(name):
             seen.append(timer.running)

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.ppo import tiny
-from trl_ext import Role
+from trl_ext import Role, SharedBaseModel
 
 ALL_ROLES = tuple(Role)
 # Everything that has a state: warm-up until step 3, a controlled beta, PPO-ptx; two passes over two micro-batches
@@ -100,6 +100,13 @@ def test_a_process_killed_right_after_its_checkpoint_goes_on_as_if_nothing_had_h
         pytest.param(4, {}, id="the middle of an epoch"),
         pytest.param(4, EVERYTHING | {"critic_warmup_steps": 6}, id="in warm-up, adaptive KL, PPO-ptx"),
         pytest.param(8, EVERYTHING, id="after warm-up, adaptive KL, PPO-ptx"),
+        pytest.param(4, {"critic_warmup_steps": 6, "warmup_steps": 1}, id="before the policy's schedule starts"),
+        pytest.param(8, {"critic_warmup_steps": 6, "warmup_steps": 3}, id="in the policy's schedule"),
+        pytest.param(
+            4,
+            {"critic_warmup_steps": 4, "critic_warmup_explained_variance": -1e9, "warmup_steps": 3},
+            id="a warm-up that ended early",
+        ),
         pytest.param(8, {"kl_control": "penalty", "kl_target": 0.01}, id="penalty KL"),
         pytest.param(2, {"gradient_accumulation_steps": 2}, id="gradient accumulation"),
         pytest.param(4, {"num_generations": 2, "gradient_checkpointing": True}, id="two completions per prompt"),
@@ -156,6 +163,28 @@ def test_a_run_whose_last_checkpoint_cut_a_rollout_finds_the_borders_again(world
         assert recorder.saved == [8, 12, 13]
         rollouts.clear()
         recorder.saved.clear()
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 5}, {"max_steps": -1, "num_train_epochs": 1.25}], ids=str)
+def test_a_finished_run_takes_no_further_step(world, tmp_path, options):
+    # Epochs of 2 steps: step 5 is in the middle of one
+    options |= {"save_steps": 5, "lr_scheduler_type": "constant"}
+    if options["max_steps"] == -1:
+        options |= {"dataset": tiny.prompts(16)}  # 4 steps an epoch
+    make(world, tmp_path, **options).train()
+    again = make(world, tmp_path, **options)
+    ended = {role: tiny.role_weights(again.model, role) for role in (Role.REWARD, Role.REFERENCE)}
+    output = again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert (output.global_step, again.state.global_step) == (5, 5)
+    saved = SharedBaseModel.from_pretrained(
+        str(world / "base"),
+        policy_adapter=tmp_path / "checkpoint-5",
+        critic_adapter=tmp_path / "checkpoint-5" / "critic",
+    )
+    for role in (Role.POLICY, Role.CRITIC):
+        assert tiny.same(tiny.role_weights(saved, role), tiny.role_weights(again.model, role)), role
+    assert all(tiny.same(weights, tiny.role_weights(again.model, role)) for role, weights in ended.items())
+    assert again.ppo_state.rollouts == 5
 
 
 @pytest.mark.parametrize(

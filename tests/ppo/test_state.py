@@ -1,7 +1,6 @@
 """PPOState: what PPO-Max remembers, in and out of JSON, and when saving and evaluating may happen."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +8,12 @@ from transformers import TrainerControl, TrainerState
 
 from tests.ppo import tiny
 from trl_ext.ops.kl import AdaptiveKL, FixedKL, PenaltyKL
-from trl_ext.ppo.state import FIXED_FIELDS, PPOState, PPOStateCallback, make_kl_controller
+from trl_ext.ppo.callback import PPOStateCallback
+from trl_ext.ppo.state import FIXED_FIELDS, PPOState, make_kl_controller
 
 
 def state_of(tmp_path, **options):
-    return PPOState(tiny.config(tmp_path, **options))
+    return PPOState.of_run(tiny.config(tmp_path, **options))
 
 
 def used(tmp_path, **options):
@@ -22,19 +22,19 @@ def used(tmp_path, **options):
     state.moments.update(torch.tensor([1.0, 2.0, 4.0]))
     state.kl.update(100.0, 4)
     state.rollouts = 3
-    state.in_warmup(global_step=10)
+    state.policy_start = 4
     return state
 
 
 @pytest.mark.parametrize("control", ["fixed", "adaptive", "penalty"])
 def test_the_state_survives_json_to_the_last_bit(tmp_path, control):
-    before = used(tmp_path, kl_control=control, critic_warmup_steps=5)
-    after = state_of(tmp_path, kl_control=control, critic_warmup_steps=5)
-    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    before = used(tmp_path, kl_control=control, critic_warmup_steps=5, max_steps=30)
+    after = state_of(tmp_path, kl_control=control, critic_warmup_steps=5, max_steps=30)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())), 4)
     assert after.state_dict() == before.state_dict()
     assert (after.moments.mean, after.moments.std) == (before.moments.mean, before.moments.std)
     assert after.kl.update(0.0, 4) == before.kl.update(0.0, 4)
-    assert not after.in_warmup(0)
+    assert [after.in_warmup(step) for step in (3, 4)] == [True, False]
     assert after.rollouts == 3
 
 
@@ -44,7 +44,7 @@ def test_a_state_of_another_configuration_is_refused_before_it_is_taken(tmp_path
         other = saved | {"config": saved["config"] | {name: "another"}}
         state = state_of(tmp_path)
         with pytest.raises(ValueError, match=f"written with {name}='another'.*Resume with {name}='another'"):
-            state.load_state_dict(other)
+            state.load_state_dict(other, 4)
         assert state.moments.count == 0
 
 
@@ -64,24 +64,60 @@ def test_the_controller_is_the_one_that_was_asked_for(tmp_path, options, kind):
     assert controller.coef == config.beta
 
 
+def observed(state, explained_variance, step, threshold=0.5, kl=6.0):
+    state.record_rollout(kl, explained_variance, step, 4, threshold)
+    return state
+
+
 def test_warm_up_ends_once_and_for_all(tmp_path):
-    state = state_of(tmp_path, critic_warmup_steps=3, critic_warmup_explained_variance=0.5)
-    assert [state.in_warmup(step) for step in range(3)] == [True] * 3
-    state.observe_explained_variance(0.4)
+    state = state_of(tmp_path, critic_warmup_steps=3, max_steps=30)
+    assert [state.in_warmup(step) for step in range(4)] == [True, True, True, False]
+    observed(state, 0.4, 1)
     assert state.in_warmup(2)
-    state.observe_explained_variance(0.5)
-    state.observe_explained_variance(-3.0)
-    assert not state.in_warmup(2)
-    state = state_of(tmp_path, critic_warmup_steps=3)
-    state.observe_explained_variance(1.0)  # no threshold was set
-    assert [state.in_warmup(step) for step in (2, 3, 2)] == [True, False, False]
-    assert not state_of(tmp_path, critic_warmup_steps=0).in_warmup(0)
+    observed(state, 0.5, 2)
+    observed(state, -3.0, 2)
+    assert [state.in_warmup(step) for step in (1, 2)] == [True, False]
+    assert not observed(state_of(tmp_path), 1.0, 0).in_warmup(0)
+    never = observed(state_of(tmp_path, critic_warmup_steps=3, max_steps=30), 1.0, 0, threshold=None)
+    assert never.policy_start == 3
+
+
+def test_asking_changes_nothing(tmp_path):
+    state = state_of(tmp_path, critic_warmup_steps=3, max_steps=30)
+    before = json.dumps(state.state_dict())
+    assert [state.in_warmup(step) for step in (5, 0)] == [False, True]
+    assert json.dumps(state.state_dict()) == before
+
+
+def test_beta_stands_still_as_long_as_the_policy_does(tmp_path):
+    state = state_of(tmp_path, critic_warmup_steps=3, max_steps=30)
+    assert observed(state, 0.9, 2, kl=1e3).kl.coef == 0.05  # this rollout was the policy's that had not moved
+    assert observed(state, 0.9, 2, kl=1e3).kl.coef > 0.05
+    assert state.rollouts == 2
+
+
+@pytest.mark.parametrize(
+    ("saved", "step", "steps", "start"),
+    [
+        ({"policy_start": 5}, 8, 5, 5),  # it was over, early or not
+        ({"policy_start": 5}, 8, 20, 5),
+        ({"policy_start": 5}, 4, 20, 20),  # it goes on, as long as the run that goes on says,
+        ({"policy_start": 5}, 4, 2, 4),  # but never ends before now
+        ({"warmup_done": True}, 8, 5, 0),  # a checkpoint of version 0.1
+        ({"warmup_done": False}, 4, 5, 5),
+    ],
+)
+def test_a_resumed_warm_up_ends_where_it_ended_or_will(tmp_path, saved, step, steps, start):
+    state = state_of(tmp_path, critic_warmup_steps=steps, max_steps=30)
+    rest = {name: value for name, value in used(tmp_path).state_dict().items() if name != "policy_start"}
+    state.load_state_dict(rest | saved, step)
+    assert state.policy_start == start
 
 
 def saved_steps(tmp_path, wanted, total, **options):
     """Steps at which a callback lets a save through that `Trainer` wants at the steps `wanted`."""
     args = tiny.config(tmp_path, **options)
-    callback = PPOStateCallback(SimpleNamespace(timer=SimpleNamespace(end_update=lambda: None)))
+    callback = PPOStateCallback(PPOState.of_run(args))
     steps = []
     for step in range(1, total + 1):
         control = TrainerControl(should_save=step in wanted)

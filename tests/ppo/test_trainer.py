@@ -1,14 +1,15 @@
 """PPOMaxTrainer from the outside: what it takes, what scores a completion, what it logs and evaluates."""
 
+import functools
 import math
 
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from tests.ppo import tiny
-from trl_ext import Role, SharedBaseModel
+from trl_ext import Role, SharedBaseModel, runs
 from trl_ext.ppo.rollout import Rollout
 
 # DESIGN section 4, "Logged every step", with TRL's names where TRL has them
@@ -136,6 +137,56 @@ def test_the_reward_is_the_weighted_sum_of_all_that_scores(world, tmp_path):
     assert entry["rewards/LengthReward/mean"] > 2  # over those to which it applies
 
 
+def test_two_partials_of_one_function_have_metrics_of_their_own(world, tmp_path):
+    def scaled(completions, factor, **kwargs):
+        return [factor] * len(completions)
+
+    functions = [functools.partial(scaled, factor=1.0), functools.partial(scaled, factor=3.0)]
+    entry = first_rollout(tiny.trainer(world, tmp_path, reward_funcs=functions, max_steps=1, log_completions=True))
+    assert (entry["rewards/scaled/mean"], entry["rewards/scaled_2/mean"]) == (1.0, 3.0)
+
+
+def score_of(model, ids) -> float:
+    return model.score(torch.tensor([ids]), torch.ones(1, len(ids)).long()).item()
+
+
+def test_a_completion_is_scored_as_the_reward_model_was_trained_and_the_suffix_is_not_trained(world, tmp_path):
+    tokenizer = tiny.tiny_tokenizer()  # as ChatML does, its template writes something behind the end token
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace(" <end> ", " <end> w11 ")
+    options = {"dataset": tiny.chats(), "processing_class": tokenizer, "max_steps": 1}
+    options |= {"reward_normalization": "none", "reward_clip": None}
+    trainer = tiny.trainer(world, tmp_path, **options)
+    assert sorted(trainer.eos_token_ids) == trainer.encoder.end_ids
+    prompts = tiny.chats(4)["prompt"]
+    prompt_ids = [trainer.encoder.prompt_ids(prompt) for prompt in prompts]
+    completion_ids = [[6, 7, 5], [8, 5], [9, 10, 11, 6, 7, 8], [1]]  # the third was cut, the last ended with <eos>
+    texts = [
+        [{"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}] for ids in completion_ids
+    ]
+    trainer._generate = lambda given: (prompt_ids, completion_ids, texts)
+    batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
+    whole = [[*p, *c, *end] for p, c, end in zip(prompt_ids, completion_ids, ([17], [17], [], [17]), strict=True)]
+    whole[3] = [*prompt_ids[3], 5, 17]  # the template's end in place of <eos>
+    expected = sum(score_of(trainer.model, ids) for ids in whole)
+    logged = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    assert logged["rewards/reward_role/mean"] == pytest.approx(expected / 4, abs=1e-5)
+    bare = sum(score_of(trainer.model, [*p, *c]) for p, c in zip(prompt_ids, completion_ids, strict=True))
+    assert abs(bare - expected) > 1e-2, "the suffix makes a difference here"
+    # The policy is trained on what it sampled, and the critic values the state before each of these tokens
+    rows = zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+    assert [ids[mask.bool()].tolist() for ids, mask in rows] == completion_ids
+    for i, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        ids = torch.tensor([[*prompt, *completion]])
+        values = trainer.model.values(ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(batch["values"][i, : len(completion)], values, rtol=1e-4, atol=1e-5)
+
+
+def test_options_of_the_base_are_honoured(world, tmp_path):
+    options = {"model": str(world / "base"), "reward_funcs": tiny.count_words}
+    trainer = tiny.trainer(world, tmp_path, model_init_kwargs={"attn_implementation": "eager"}, **options)
+    assert trainer.model.get_base_model().config._attn_implementation == "eager"
+
+
 def test_functions_see_the_other_columns_and_may_log(world, tmp_path):
     seen = {}
 
@@ -260,6 +311,52 @@ def test_evaluation_reports_and_leaves_the_state_as_it_was(world, tmp_path):
     assert trainer.ppo_state.state_dict() == state
     assert all(tiny.same(weights[role], tiny.role_weights(trainer.model, role)) for role in Role)
     assert state["moments"]["count"] == 2 * 4  # the training rollouts alone
+
+
+def test_the_first_evaluation_is_a_part_of_the_run_and_leaves_the_state_as_it_was(world, tmp_path):
+    options = {"eval_dataset": tiny.prompts(8), "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    trainer = tiny.trainer(world, tmp_path, max_steps=4, num_iterations=2, **options)
+    trainer.train()
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [0, 2, 4]
+    assert evaluations[0]["eval_kl"] == 0.0
+    assert "reward" not in evaluations[0]
+    assert trainer.ppo_state.rollouts == 2
+    assert trainer.ppo_state.moments.state_dict()["count"] == 2 * 4
+
+
+class Tracker(TrainerCallback):
+    """As transformers' trackers: it knows where to log to from the beginning of training on."""
+
+    def __init__(self):
+        self.place, self.logged = "the working directory", []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.place = args.output_dir
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged.append((self.place, sorted(logs)))
+
+
+def test_an_evaluation_before_training_is_logged_where_training_is(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "get_reporting_integration_callbacks", lambda names: [Tracker])
+    tracker = Tracker()
+    trainer = tiny.trainer(world, tmp_path, eval_dataset=tiny.prompts(4), callbacks=[tracker], max_steps=1)
+    trainer.evaluate()
+    trainer.train()
+    assert "eval_loss" in tracker.logged[0][1]
+    assert {place for place, _ in tracker.logged} == {str(tmp_path)}
+
+
+def test_completing_prompts_beside_the_run_leaves_no_trace(world, tmp_path):
+    trainer = tiny.trainer(world, tmp_path, max_steps=1)
+    trainer.model.train()
+    prompts = tiny.prompts(3)["prompt"]
+    prompt_ids, completion_ids, completions = trainer.complete(prompts)
+    assert len(prompt_ids) == len(completion_ids) == len(completions) == 3
+    assert trainer.model.training
+    assert not any(trainer._metrics.values())
+    assert trainer.state.num_input_tokens_seen == 0
 
 
 def test_evaluation_waits_for_the_end_of_the_rollout_and_takes_several_sets(world, tmp_path):

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, get_scheduler
 
 from tests.ppo import tiny
-from trl_ext import Role, SharedBaseModel
-from trl_ext.ppo.ptx import PTXBatches, ptx_batches
+from trl_ext import PPOMaxTrainer, Role, SharedBaseModel
+from trl_ext.ppo.data import PTXBatches, ptx_batches
+from trl_ext.text import TextEncoder
 
 # Three rollouts of two passes: long enough for everything that acts on the next rollout only
-RUN = {"num_iterations": 2, "max_steps": 6}
+RUN = {"num_iterations": 2, "max_steps": 8}
 FLAGS = [
     {"reward_normalization": "scale"},
     {"reward_normalization": "none"},
@@ -133,7 +134,9 @@ def test_the_first_update_of_a_rollout_sees_the_policy_that_sampled_it(world, tm
 
 def test_warm_up_leaves_the_policy_alone_to_the_last_bit_while_the_critic_learns(world, tmp_path):
     weights = Weights()
-    trainer = trained(world, tmp_path, critic_warmup_steps=3, callbacks=[weights], weight_decay=0.1, beta=0.1)
+    trainer = trained(
+        world, tmp_path, callbacks=[weights], critic_warmup_steps=3, max_steps=6, weight_decay=0.1, beta=0.1
+    )
     assert weights.moved(Role.POLICY) == [False] * 3 + [True] * 3
     assert weights.moved(Role.CRITIC) == [True] * 6
     entries = tiny.rollout_entries(trainer)
@@ -144,9 +147,50 @@ def test_warm_up_leaves_the_policy_alone_to_the_last_bit_while_the_critic_learns
 @pytest.mark.parametrize(("threshold", "moved"), [(-1e9, [True] * 6), (1.0, [False] * 4 + [True] * 2)])
 def test_warm_up_ends_early_when_the_critic_explains_enough(world, tmp_path, threshold, moved):
     weights = Weights()
-    options = {"critic_warmup_steps": 4, "critic_warmup_explained_variance": threshold}
+    options = {"critic_warmup_steps": 4, "critic_warmup_explained_variance": threshold, "max_steps": 6}
     trained(world, tmp_path, callbacks=[weights], **options)
     assert weights.moved(Role.POLICY) == moved
+
+
+def rates(trainer, role) -> list[float]:
+    return [entry[f"learning_rate/{role}"] for entry in trainer.state.log_history[:-1]]
+
+
+def factors(name, steps, warmup):
+    """A schedule of transformers, alone."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(name, optimizer, warmup, steps)
+    return [scheduler.lr_lambdas[0](step) for step in range(steps)]
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup", [0, 3, 0.5])
+def test_the_policys_learning_rate_follows_its_schedule_from_its_own_first_step_on(world, tmp_path, name, warmup):
+    options = {"lr_scheduler_type": name, "warmup_steps": warmup, "max_steps": 10, "critic_learning_rate": 0.02}
+    trainer = trained(world, tmp_path, critic_warmup_steps=4, **options)
+    steps = [math.ceil(warmup * total) if warmup < 1 else warmup for total in (6, 10)]
+    own, whole_run = factors(name, 6, steps[0]), factors(name, 10, steps[1])
+    assert rates(trainer, "policy")[4:] == pytest.approx([1e-2 * factor for factor in own])
+    assert rates(trainer, "critic") == pytest.approx([2e-2 * factor for factor in whole_run])
+    assert warmup == 0 or rates(trainer, "policy")[4] == 0.0
+
+
+def test_the_schedule_starts_with_the_policy_where_the_critic_is_ready_early(world, tmp_path):
+    options = {"critic_warmup_steps": 5, "critic_warmup_explained_variance": -1e9, "warmup_steps": 2}
+    early = trained(world, tmp_path, **options)
+    assert early.ppo_state.policy_start == 0
+    assert rates(early, "policy")[1:] == pytest.approx([1e-2 * factor for factor in factors("linear", 8, 2)[1:]])
+
+
+def test_a_schedule_of_the_users_own_is_left_as_it_is(world, tmp_path):
+    model = tiny.four_roles(world)
+    optimizer = torch.optim.SGD(model.parameter_groups({Role.POLICY: 0.5, Role.CRITIC: 0.25}))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    args = tiny.config(tmp_path, **RUN | {"critic_warmup_steps": 4})
+    own = {"args": args, "train_dataset": tiny.prompts(), "optimizers": (optimizer, scheduler)}
+    trainer = PPOMaxTrainer(model=model, **own)
+    trainer.train()
+    assert rates(trainer, "policy") == pytest.approx([0.5 / (1 + step) for step in range(8)])
 
 
 # ---------------------------------------------------------------------- KL
@@ -210,7 +254,7 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_batch(world, tmp_pat
 def test_optimizer_steps_over_one_rollout_share_its_gradient(world, tmp_path):
     # 4 micro-batches, 2 to an optimizer step, 2 passes: at a learning rate of 0 the mean of the 4 steps is the whole.
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
-    options |= {"num_iterations": 2, "learning_rate": 0.0, "critic_learning_rate": 0.0}
+    options |= {"num_iterations": 2, "learning_rate": 1e-30, "critic_learning_rate": 0.0}
     trainer = tiny.trainer(world, tmp_path, **OPEN | options)
     parts = tiny.gradients(trainer, tiny.random_rollout(), steps=4)
     for name, gradient in whole(world, tmp_path).items():
@@ -250,7 +294,7 @@ def test_ptx_moves_the_policy_only(world, tmp_path, dataset):
 
 def batches(dataset, **options):
     options = {"batch_size": 2, "max_length": 8, "seed": 0} | options
-    return PTXBatches(dataset, tiny.tiny_tokenizer(), **options)
+    return PTXBatches(dataset, TextEncoder(tiny.tiny_tokenizer()), **options)
 
 
 def test_ptx_texts_end_with_eos_and_are_cut_and_padded_on_the_right():
@@ -278,11 +322,32 @@ def test_a_trainer_cuts_orders_and_divides_its_ptx_texts_as_its_arguments_say():
         return [made.batch(k)["input_ids"].tolist() for k in range(3)]
 
     own = {"batch_size": 1, "max_length": 6, "seed": 3, "process_index": 1, "num_processes": 2}
-    args = SimpleNamespace(per_device_train_batch_size=1, ptx_max_length=6, seed=3)
-    place = SimpleNamespace(process_index=1, num_processes=2)
-    made = rows(ptx_batches(tiny.texts(6), tiny.tiny_tokenizer(), args, place))
+    args = SimpleNamespace(per_device_train_batch_size=1, ptx_max_length=6, seed=3, process_index=1, world_size=2)
+    made = rows(ptx_batches(tiny.texts(6), TextEncoder(tiny.tiny_tokenizer()), args))
     assert made == rows(batches(tiny.texts(6), **own))
     for name in own:
         other = own | {name: own[name] - 1 or own[name] + 1}
         assert made != rows(batches(tiny.texts(6), **other)), f"{name} might as well not be passed on"
-    assert ptx_batches(None, None, args, place) is None
+
+
+def test_ptx_rows_without_a_text_are_named_at_construction():
+    with pytest.raises(ValueError, match=r"ptx_dataset has 2 rows whose text is empty, \[1, 2\] among them: .*filter"):
+        batches(Dataset.from_dict({"text": ["w0", "", "  ", "w1"]}))
+    with pytest.raises(ValueError, match=r"1 rows whose messages is empty, \[0\]"):
+        batches(Dataset.from_dict({"messages": [[], *MESSAGES]}))
+
+
+def test_a_ptx_text_of_one_token_is_named_and_not_a_loss_of_nan():
+    made = batches(Dataset.from_dict({"text": ["w0", "w1"]}))
+    made.encoder.document_ids = lambda row: [6]
+    with pytest.raises(ValueError, match=r"ptx_dataset row [01] has 1 token, of which none can be predicted"):
+        made.batch(0)
+
+
+def test_an_epoch_of_ptx_texts_is_ordered_once(monkeypatch):
+    drawn, permutation = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: drawn.append(args) or permutation(*args, **kwargs))
+    made = batches(tiny.texts(6))
+    for index in range(6):
+        made.batch(index)
+    assert len(drawn) == 2

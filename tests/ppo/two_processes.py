@@ -39,7 +39,7 @@ def rank_reward(prompts, completions, **kwargs):
 
 def gradient_options(options: dict) -> dict:
     """For a loss whose gradient is not clipped away where the rollout is not the model's own."""
-    return {"max_steps": 5, "epsilon": 0.9, "value_clip": 5.0, "entropy_coef": 0.1, "max_grad_norm": 1e9} | options
+    return {"max_steps": 6, "epsilon": 0.9, "value_clip": 5.0, "entropy_coef": 0.1, "max_grad_norm": 1e9} | options
 
 
 class KilledError(Exception):
@@ -86,6 +86,16 @@ def run(
     return trainer, advantages, observed
 
 
+def evaluated_first(trainer) -> dict:
+    """What `trainer.evaluate(); trainer.train()` leaves on this process."""
+    trainer.evaluate()
+    trainer.train()
+    return {
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "weights": tiny.role_weights(trainer.model, Role.POLICY),
+    }
+
+
 def ending(trainer: PPOMaxTrainer) -> dict:
     return {
         "weights": {role.value: tiny.role_weights(trainer.model, role) for role in Role},
@@ -104,6 +114,13 @@ def main() -> None:
     trainer, advantages, observed = run(world, folder / "run")
     found |= {"wrapped": type(trainer.model_wrapped).__name__, "start": start, "advantages": advantages}
     found["observed"] = observed
+    options = {"eval_dataset": tiny.prompts(4), "per_device_eval_batch_size": 2, "reward_funcs": rank_reward}
+    found["evaluated first"] = evaluated_first(tiny.trainer(world, folder / "evaluated", bf16=True, **options))
+    on_start = tiny.trainer(
+        world, folder / "on_start", eval_strategy="steps", eval_steps=2, eval_on_start=True, **options
+    )
+    on_start.train()
+    found["on start"] = [entry["step"] for entry in on_start.state.log_history if "eval_loss" in entry]
     found |= {"end": ending(trainer), "next_random": torch.rand(1).item()}
     run(world, folder / "killed", RaiseAfterSave())
     found["resumed"] = ending(run(world, folder / "killed", resume=True)[0])

@@ -72,3 +72,9 @@ def test_scores_are_of_all_rows_in_order_on_every_process(ranks, alone):
 def test_the_adapter_is_written_once_and_whole(folder):
     names = {path.name for path in (folder / "run").iterdir()}
     assert {"adapter_model.safetensors", "reward_scale.json", "README.md"} <= names
+
+
+def test_an_evaluation_before_training_leaves_training_one_run_on_both_processes(ranks):
+    (left_kind, left), (right_kind, right) = (rank["evaluated first"] for rank in ranks)
+    assert left_kind == right_kind == "DistributedDataParallel"
+    assert tiny.same(left, right)

@@ -39,6 +39,10 @@ def run(base: Path, folder: Path, processes: int) -> dict:
 def main() -> None:
     base, folder = Path(sys.argv[1]), Path(sys.argv[2])
     found = run(base, folder / "run", 2)
+    first = runs.trainer(base, folder / "evaluated", dataset=runs.pairs(16), eval_dataset=runs.pairs(4, seed=3))
+    first.evaluate()
+    first.train()
+    found["evaluated first"] = type(first.model_wrapped).__name__, runs.weights(first.model)
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

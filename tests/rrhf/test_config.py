@@ -51,7 +51,10 @@ def test_options_are_flags(tmp_path):
         ({"generation_batch_size": 0}, "generation_batch_size=0"),
         ({"temperature": 0}, "temperature=0"),
         ({"top_p": 1.5}, "top_p=1.5"),
-        ({"reward_weights": [1.0, float("inf")]}, "reward weight 1 is inf"),
+        (
+            {"reward_weights": [1.0, float("inf")]},
+            r"reward_weights=\[1.0, inf\] must be a list of .* finite number",
+        ),
         ({"online_every_steps": 2, "online_every_pass": True}, "two variants: set one"),
         ({"online_keep_best": True}, "set online_every_steps or online_every_pass"),
         ({"remove_unused_columns": True}, "set it to False"),

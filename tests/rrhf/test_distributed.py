@@ -49,3 +49,9 @@ def test_both_processes_sample_for_themselves_and_end_with_the_same_weights(rank
     assert tiny.same(left["weights"], right["weights"])
     assert left["history"] == right["history"]
     assert sum("reward" in entry for entry in left["history"]) == 3  # at steps 0, 2 and 4
+
+
+def test_an_evaluation_before_training_leaves_training_one_run_on_both_processes(ranks):
+    (left_kind, left), (right_kind, right) = (rank["evaluated first"] for rank in ranks)
+    assert left_kind == right_kind == "DistributedDataParallel"
+    assert tiny.same(left, right)

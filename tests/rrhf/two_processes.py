@@ -45,6 +45,10 @@ def run(world: Path, folder: Path, options: dict) -> dict:
 def main() -> None:
     world, folder = Path(sys.argv[1]), Path(sys.argv[2])
     found = {name: run(world, folder / name, options) for name, options in (("half", HALF), ("online", ONLINE))}
+    first = trainer(world, folder / "evaluated", eval_dataset=ranked(6), **HALF)
+    first.evaluate()
+    first.train()
+    found["evaluated first"] = type(first.model_wrapped).__name__, tiny.role_weights(first.model, Role.POLICY)
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -80,32 +80,3 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coef: float) -> Tens
     mask = mask.bool()
     is_last = mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
     return torch.where(mask, -coef * kl, 0) + torch.where(is_last, scores.unsqueeze(1), 0)
-
-
-def weighted_scores(per_function: Tensor, weights: Tensor, role_scores: Tensor | None, role_weight: float) -> Tensor:
-    """One score for a response, from all that scored it.
-
-        s = role_weight * s_role + sum_f weights_f s_f, over the functions f that apply
-
-    Args:
-        per_function: what each reward function gave, (B, F); NaN where it does not apply.
-        weights: (F,).
-        role_scores: score of the reward role, (B,), or None without one.
-        role_weight: its weight.
-
-    Returns:
-        Scores, (B,).
-
-    Raises:
-        ValueError: a response that nothing scored.
-    """
-    total = (per_function * weights.to(per_function.device)).nansum(dim=1)
-    if role_scores is not None:
-        return total + role_weight * role_scores
-    unscored = per_function.isnan().all(dim=1).nonzero().flatten().tolist()
-    if unscored:
-        raise ValueError(
-            f"every reward function returned None for the samples {unscored} of the batch: PPO needs a score for each "
-            "completion. Return a number from at least one function."
-        )
-    return total

@@ -1,21 +1,27 @@
-"""One rollout batch, from token ids to advantages. Every stage is a function; the record between them is `Rollout`."""
+"""One rollout batch, from prompts to advantages. Every stage is a function; the record between them is `Rollout`."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from trl_ext.generation.from_trl import Completions
 from trl_ext.ops.advantages import gae
-from trl_ext.ops.ensemble import combine_scores
 from trl_ext.ops.kl import kl_estimate
 from trl_ext.ops.masking import masked_whiten
 from trl_ext.ops.packing import PackedBatch, pack
-from trl_ext.ppo.rewards import token_rewards
+from trl_ext.ppo.config import PPOMaxConfig
+from trl_ext.ppo.rewards import shape_scores, token_rewards
+from trl_ext.ppo.state import PPOState
 from trl_ext.roles import Role, SharedBaseModel
+from trl_ext.runs import check_first_kl
+from trl_ext.scoring import combine, role_scores
+from trl_ext.text import TextEncoder, pad_ids
 
-Reduce = Callable[[Tensor], Tensor]
+Reduce: TypeAlias = Callable[[Tensor], Tensor]
 NOT_YET: Any = None  # what a stage has not filled in
 
 
@@ -35,13 +41,17 @@ class Rollout:
     entropy: Tensor = NOT_YET  # (B, T) nats
     reference_logps: Tensor | None = None  # (B, T) under the reference; None when beta is 0
     values: Tensor = NOT_YET  # (B, T) of the state before each token
-    scores: Tensor = NOT_YET  # (B,) raw sequence reward
+    per_function: Tensor = NOT_YET  # (B, F) what each reward function gave, NaN where it does not apply
+    role_scores: Tensor | None = None  # (B,) what the reward role gave; None without one
+    scores: Tensor = NOT_YET  # (B,) raw sequence reward: all that scored, weighted
     uncertainty: Tensor | None = None  # (B,) standard deviation over the adapters of an ensemble; None without one
     shaped_scores: Tensor = NOT_YET  # (B,) normalised, clipped, less the penalty for a missing end
     kl: Tensor = NOT_YET  # (B, T) estimate of the KL from the reference, 0 on padding
     rewards: Tensor = NOT_YET  # (B, T) -beta kl, plus the shaped score on the last token
     advantages: Tensor = NOT_YET  # (B, T)
     returns: Tensor = NOT_YET  # (B, T)
+    prompts: Any = NOT_YET  # list of B texts or conversations
+    completions: Any = NOT_YET  # list of B texts or lists of one message
 
     @classmethod
     def from_ids(
@@ -62,12 +72,20 @@ class Rollout:
         empty = [i for i, ids in enumerate(prompts) if len(ids) == 0]
         if empty:
             raise ValueError(f"prompts {empty} of this batch have no token: remove empty prompts from the dataset.")
-        prompt_ids, prompt_mask = _pad(prompts, pad_token_id, left=True)
-        completion_ids, completion_mask = _pad(completions, pad_token_id, left=False)
+        prompt_ids, prompt_mask = pad_ids(prompts, pad_token_id, left=True)
+        completion_ids, completion_mask = pad_ids(completions, pad_token_id, left=False)
         ends = set(eos_token_ids)
         truncated = torch.tensor([not (len(ids) and ids[-1] in ends) for ids in completions])
         tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, truncated)
         return cls(*(t.to(device) for t in tensors))
+
+    def tokens(self) -> int:
+        """Number of tokens of prompts and completions."""
+        return int(self.prompt_mask.sum() + self.completion_mask.sum())
+
+    def longest(self) -> int:
+        """Tokens of the longest prompt and completion."""
+        return int((self.prompt_mask.sum(1) + self.completion_mask.sum(1)).max())
 
     def parts(self, max_tokens: int | None = None) -> list[PackedBatch]:
         """The sequences without padding between prompt and completion, those of like length together.
@@ -84,47 +102,109 @@ class Rollout:
         return [part.to(device) for part in parts]
 
 
-def _pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    width = max(1, *(len(row) for row in rows))
-    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        columns = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, columns] = torch.as_tensor(row, dtype=torch.long)
-        mask[i, columns] = 1
-    return ids, mask
+def collect(
+    rows: list[dict[str, Any]],
+    model: SharedBaseModel,
+    args: PPOMaxConfig,
+    state: PPOState,
+    encoder: TextEncoder,
+    *,
+    generate: Callable[[list[Any]], Completions],
+    reward: Callable[[list[Any], list[Any], list[list[int]]], Tensor],
+    reduce: Reduce,
+    device: torch.device,
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> Rollout:
+    """Collect one process's rollout batch: generate -> score -> shape -> advantages.
+
+    Args:
+        rows: Of the dataset; B of them.
+        model: In training mode; in evaluation the running moments are used and left as they are.
+        args, state: The run's. Only `state.moments` changes here.
+        encoder: Of the model's tokenizer; knows what ends a completion.
+        generate: Completes prompts by the policy.
+        reward: What the reward functions give for prompts, completions and their token ids, (B, F).
+        reduce: Sums a small tensor over all processes.
+        device: Where tensors belong.
+        phase: Times "generate" and "score".
+
+    Raises:
+        RuntimeError: Another role than the policy is active, or at the first rollout it is not its reference.
+    """
+    prompts, training = [row["prompt"] for row in rows], model.training
+    if model.active_role is not Role.POLICY:
+        raise RuntimeError(
+            f"the {model.active_role.value} role is active where the policy should generate: something (an async "
+            "reward function?) has switched it and not switched back. Use `with model.role(...)` around plain code."
+        )
+    # 1. Completions
+    with phase("generate"):
+        prompt_ids, completion_ids, completions = generate(prompts)
+    rollout = Rollout.from_ids(prompt_ids, completion_ids, encoder.end_ids, encoder.pad_id, device)
+    rollout.prompts, rollout.completions = prompts, completions
+
+    # 2. Policy, reference and critic on every token, the reward role on every sequence
+    with phase("score"):
+        at_a_time = args.scored_at_a_time if training else args.per_device_eval_batch_size
+        score_tokens(model, rollout, at_a_time, args.temperature, with_reference=args.beta != 0)
+        if model.has_role(Role.REWARD):
+            rollout.role_scores, rollout.uncertainty = role_scores(
+                model,
+                encoder,
+                prompts,
+                prompt_ids,
+                completion_ids,
+                max_tokens=rollout.longest() * at_a_time,
+                ensemble=args.reward_ensemble,
+                ensemble_coef=args.reward_ensemble_coef,
+            )
+    if training and state.rollouts == 0 and rollout.reference_logps is not None:
+        check_first_kl(rollout.logps, rollout.reference_logps)
+
+    # 3. Sequence scores: reward role and functions, weighted
+    rollout.per_function = reward(prompts, completions, completion_ids)
+    weights = torch.tensor(args.reward_weights or [1.0] * rollout.per_function.shape[1])
+    rollout.scores = combine(rollout.per_function, weights, rollout.role_scores, args.reward_role_weight)
+
+    # 4. Running normalisation, clip, penalty for a missing end
+    mode, clip = args.reward_normalization, args.reward_clip
+    shaped = shape_scores(rollout.scores, state.moments, mode, clip, update=training)
+    rollout.shaped_scores = shaped - (args.missing_eos_penalty or 0.0) * rollout.truncated
+
+    # 5. KL penalty on every token; GAE; whitening
+    add_kl_and_rewards(rollout, estimator=args.kl_estimator, beta=state.kl.coef)
+    add_advantages(
+        rollout,
+        gamma=args.gamma,
+        lam=args.gae_lambda,
+        value_lam=args.gae_lambda if args.value_lambda is None else args.value_lambda,
+        whiten=args.normalize_advantages,
+        clip=args.advantage_clip,
+        reduce=reduce,
+    )
+    return rollout
 
 
 @torch.no_grad()
-def score_with_roles(
-    model: SharedBaseModel,
-    rollout: Rollout,
-    *,
-    batch_size: int,
-    temperature: float,
-    with_reference: bool,
-    ensemble: str = "mean",
-    ensemble_coef: float = 0.5,
+def score_tokens(
+    model: SharedBaseModel, rollout: Rollout, batch_size: int, temperature: float, *, with_reference: bool
 ) -> None:
-    """Fill `logps`, `entropy`, `values`, `reference_logps`, and with a reward role `scores` (and `uncertainty`).
+    """Fill `logps`, `entropy`, `values`, and `reference_logps` if asked.
+
+    The critic reads prompt and completion as they were sampled, and values the state before each sampled token, where
+    the policy chose. What a chat template writes behind the end token, on which the reward role reads its score, is no
+    action of the policy: it has no value, no advantage, and is in no pass here.
 
     In passes over sequences of like length, each of at most `batch_size` times the tokens of the longest one. Each role
     has its own: rows of several adapters in one pass were slower (docs/memory.md, "One pass, several roles").
     """
     roles = (Role.POLICY, Role.REFERENCE, Role.CRITIC) if with_reference else (Role.POLICY, Role.CRITIC)
-    lengths = rollout.prompt_mask.sum(1) + rollout.completion_mask.sum(1)
-    parts = rollout.parts(max_tokens=batch_size * int(lengths.max()))
+    parts = rollout.parts(max_tokens=batch_size * rollout.longest())
     outputs = model(
         parts=parts, roles=roles, temperature=temperature, entropy="values", shape=tuple(rollout.completion_ids.shape)
     )
     for name in ("logps", "entropy", "values", *(("reference_logps",) if with_reference else ())):
         setattr(rollout, name, outputs[name].float())
-    if not model.has_role(Role.REWARD):
-        rollout.scores = None  # type: ignore[assignment]
-        return
-    members = model.score_parts(parts)
-    rollout.scores, uncertainty = combine_scores(members, ensemble, ensemble_coef)
-    rollout.uncertainty = uncertainty if members.shape[1] > 1 else None
 
 
 def add_kl_and_rewards(rollout: Rollout, *, estimator: str, beta: float) -> None:

@@ -1,31 +1,30 @@
 """PPO-Max on TRL: `RLOOTrainer` with a critic, by two overridden methods (and a model card)."""
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import RLOOTrainer
 
-from trl_ext.ppo import metrics
-from trl_ext.ppo.card import model_card
-from trl_ext.ppo.checks import check_inputs, reward_list
+from trl_ext.checkpoints import checkpoint_to_resume
+from trl_ext.generation.from_trl import Completions, complete
+from trl_ext.ppo import logging
+from trl_ext.ppo.callback import PPOStateCallback
 from trl_ext.ppo.config import PPOMaxConfig
-from trl_ext.ppo.generation import complete
+from trl_ext.ppo.data import PTXBatches, check_inputs, ptx_batches
 from trl_ext.ppo.losses import policy_loss, value_loss
-from trl_ext.ppo.ptx import PTXBatches, ptx_batches
-from trl_ext.ppo.rewards import shape_scores, weighted_scores
-from trl_ext.ppo.rollout import Rollout, add_advantages, add_kl_and_rewards, score_with_roles
-from trl_ext.ppo.samples import log_samples, log_what_functions_report
-from trl_ext.ppo.state import PPOState, PPOStateCallback
+from trl_ext.ppo.rollout import Rollout, collect
+from trl_ext.ppo.state import PPOState
 from trl_ext.report.cards import write_card
 from trl_ext.roles import Role, SharedBaseModel, load_base_config, max_positions, shared_base_model
-from trl_ext.runs import check_finite, check_first_kl, check_not_sharded
+from trl_ext.runs import RunGuard, check_finite, check_not_sharded
+from trl_ext.scoring import RewardSource, RewardSources
+from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer
 
-RewardFunction = str | PreTrainedModel | Callable[..., Any]
 AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Any]
 # What a micro-batch of the update needs of a rollout
 UPDATE_FIELDS = (
@@ -74,7 +73,7 @@ class PPOMaxTrainer(RLOOTrainer):
     def __init__(
         self,
         model: "str | PreTrainedModel | SharedBaseModel | Any",
-        reward_funcs: RewardFunction | list[RewardFunction] | None = None,
+        reward_funcs: RewardSource | list[RewardSource] | None = None,
         args: PPOMaxConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: "AnyDataset | None" = None,
@@ -92,13 +91,32 @@ class PPOMaxTrainer(RLOOTrainer):
         init_kwargs = {"trust_remote_code": args.trust_remote_code, **given}
 
         # 1. Everything that can be wrong without a model
-        has_reward_role = isinstance(model, SharedBaseModel) and model.has_role(Role.REWARD)
-        reward_funcs = reward_list(reward_funcs, args.reward_weights, has_reward_role)
-        if processing_class is None:
-            kept = {k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs}
-            processing_class = AutoTokenizer.from_pretrained(base_name, truncation_side="left", **kept)
+        kept = {k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs}
+        tokenizer: Any = processing_class or load_tokenizer(base_name, truncation_side="left", **kept)
+        tokenizer.padding_side = "left"
+        template: Any = args.chat_template_kwargs
+        ends = end_token_ids(tokenizer, load_generation_config(model, **kept))
+        self.encoder = TextEncoder(tokenizer, ends, template)
         positions = max_positions(load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config)
-        check_inputs(args, processing_class, positions, train_dataset, eval_dataset, ptx_dataset)
+        has_reward_role = isinstance(model, SharedBaseModel) and model.has_role(Role.REWARD)
+        check_inputs(
+            args,
+            self.encoder,
+            positions,
+            train_dataset,
+            eval_dataset,
+            ptx_dataset,
+            scored=has_reward_role,
+            progress=args.process_index == 0 and not args.disable_tqdm,
+        )
+        sources = RewardSources(
+            reward_funcs,
+            args.reward_weights,
+            has_reward_role=has_reward_role,
+            processing_classes=reward_processing_classes,
+            device=args.device,
+        )
+        self._ptx = None if ptx_dataset is None else ptx_batches(ptx_dataset, self.encoder, args)
 
         # 2. One base, four roles
         set_seed(args.seed)
@@ -111,94 +129,90 @@ class PPOMaxTrainer(RLOOTrainer):
         with model.adapters_kept():
             super().__init__(
                 model=model,
-                reward_funcs=reward_funcs,
+                reward_funcs=list(sources.functions),
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                reward_processing_classes=reward_processing_classes,
+                processing_class=tokenizer,
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
         check_not_sharded(self.accelerator)
-        metrics.warn_about_off_policy_sampling(args)
+        args.warn_about_off_policy_sampling()
 
         # 4. What PPO adds
         if self.optimizer is None:
             rates = {Role.POLICY: args.learning_rate, Role.CRITIC: args.critic_learning_rate or 0.0}
             optimizer, kwargs = self.get_optimizer_cls_and_kwargs(args)
             self.optimizer = optimizer(model.parameter_groups(rates, args.weight_decay), **kwargs)
-        self.ppo_state = PPOState(args)
-        self.add_callback(PPOStateCallback(self))
+        self.timer = logging.PhaseTimer()
+        self.ppo_state = PPOState.of_run(args)
+        self.add_callback(
+            PPOStateCallback(
+                self.ppo_state,
+                restart=self._restart,
+                record=self.record,
+                end_update=self.timer.end_update,
+                scaled=self.accelerator.scaler is not None,
+                own_schedule=optimizers[1] is None,
+            )
+        )
+        self.add_callback(RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks))
         model.model_card = self._card
-        self._ptx = ptx_batches(ptx_dataset, processing_class, args, self.accelerator)
-        self.timer = metrics.PhaseTimer()
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
+        others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
+        resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), others)
+        return super().train(resume, trial, ignore_keys_for_eval)
 
     # ------------------------------------------------------------------ the first seam: rollout
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """From prompts to advantages (docs/ppo_max.md). Returns what `_compute_loss` gets back in micro-batches."""
-        args, state = self.args, self.ppo_state
-        training = self.model.training
-        timer = self.timer if training else metrics.PhaseTimer()
+        args, state, device = self.args, self.ppo_state, self.accelerator.device
+        training, step, beta = self.model.training, self.state.global_step, self.ppo_state.kl.coef
+        timer = self.timer if training else logging.PhaseTimer()
 
-        # 1. Completions, by TRL's generation
-        prompts = [row["prompt"] for row in inputs]
-        with timer.phase("generate"):
-            prompt_ids, completion_ids, completions = complete(self, prompts)
-        pad, device = self._tokenizer.pad_token_id, self.accelerator.device
-        rollout = Rollout.from_ids(prompt_ids, completion_ids, self.eos_token_ids, pad, device)
-        tokens = int(rollout.prompt_mask.sum() + rollout.completion_mask.sum())
-        timer.tokens["generate"] = int(rollout.completion_mask.sum())
-
-        # 2. Policy, reference, critic and reward role
-        with timer.phase("score", tokens):
-            score_with_roles(
-                self.model,
-                rollout,
-                batch_size=args.scored_at_a_time if training else args.per_device_eval_batch_size,
-                temperature=self.temperature,
-                with_reference=self.beta != 0,
-                ensemble=args.reward_ensemble,
-                ensemble_coef=args.reward_ensemble_coef,
-            )
-        if training and state.rollouts == 0 and rollout.reference_logps is not None:
-            check_first_kl(rollout.logps, rollout.reference_logps)
-
-        # 3. Sequence scores: reward role and functions, weighted
-        per_function = self._function_rewards(inputs, prompts, completions, completion_ids)
-        role_scores = rollout.scores
-        rollout.scores = weighted_scores(per_function, self.reward_weights, role_scores, args.reward_role_weight)
-
-        # 4. Running normalisation, clip, penalty for a missing end
-        clip, mode = args.reward_clip, args.reward_normalization
-        shaped = shape_scores(rollout.scores, state.moments, mode, clip, update=training)
-        rollout.shaped_scores = shaped - (args.missing_eos_penalty or 0.0) * rollout.truncated
-
-        # 5. KL penalty on every token; GAE; whitening
-        beta = state.kl.coef
-        add_kl_and_rewards(rollout, estimator=args.kl_estimator, beta=beta)
-        add_advantages(
-            rollout,
-            gamma=args.gamma,
-            lam=args.gae_lambda,
-            value_lam=args.gae_lambda if args.value_lambda is None else args.value_lambda,
-            whiten=args.normalize_advantages,
-            clip=args.advantage_clip,
+        # 1. Completions, scores, token rewards, advantages
+        rollout = collect(
+            inputs,
+            self.model,
+            args,
+            state,
+            self.encoder,
+            generate=lambda prompts: complete(self._generate, self.model, args, prompts),
+            reward=lambda *scored: self._function_rewards(inputs, *scored),
             reduce=self._sum,
+            device=device,
+            phase=timer.phase,
         )
+        timer.tokens |= {"generate": int(rollout.completion_mask.sum()), "score": rollout.tokens()}
 
-        # 6. Metrics; the KL coefficient and the warm-up react to them
-        logged = metrics.rollout_metrics(rollout, self._sum)
-        logged |= metrics.reward_metrics(self.reward_func_names, per_function, role_scores)
+        # 2. Metrics; the KL coefficient and the warm-up react to them
+        logged = logging.rollout_metrics(rollout, self._sum)
+        logged |= logging.reward_metrics(self.reward_func_names, rollout.per_function, rollout.role_scores)
         logged["beta"] = beta
         if training:
-            state.observe(logged, self.state.global_step, len(prompts) * self.accelerator.num_processes)
-            logged |= timer.metrics() | metrics.memory_metrics(device)
-            timer.start_update(tokens * self.num_iterations)
-        self.record(logged)
-        log_samples(self, prompts, completions, per_function, rollout)
-        log_what_functions_report(self, len(prompts))
+            samples, threshold = len(inputs) * self.accelerator.num_processes, args.critic_warmup_explained_variance
+            state.record_rollout(logged.get("kl"), logged["explained_variance"], step, samples, threshold)
+            logged |= timer.metrics() | logging.memory_metrics(device)
+            timer.start_update(rollout.tokens() * self.num_iterations)
+
+        # 3. Samples, and what reward functions report
+        cells, reported = logging.take_reports(self._pending_extra_logs, self._pending_metrics, len(inputs))
+        self.record(logged | reported)
+        if self.log_completions:
+            logging.log_samples(self._logs, self.reward_func_names, rollout)
+        for name, column in cells.items():
+            self._logs["extra"][name].extend(column)
+
+        # 4. What the update needs
         batch = {name: getattr(rollout, name) for name in UPDATE_FIELDS}
         return batch | {"num_tokens": self._tokens_per_micro_batch(rollout)}
 
@@ -249,12 +263,18 @@ class PPOMaxTrainer(RLOOTrainer):
                 terms["ptx_loss"] = args.ptx_coef * outputs["ptx_loss"]
                 stats["ptx_loss"] = outputs["ptx_loss"]
 
-        # 3. No silent nonsense
-        check_finite("loss", terms, self.state.global_step, str(args.output_dir))
-        self.record(metrics.average_over_processes(stats))
+        # 3. A loss that is not finite ends the run before it reaches the weights
+        check_finite("loss", terms, self.state.global_step, str(args.output_dir), self.model)
+        self.record(logging.average_over_processes(stats))
         return torch.stack(list(terms.values())).sum()
 
-    # ------------------------------------------------------------------ the third override: the card
+    # ------------------------------------------------------------------ further overrides: the end, and the card
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one optimizer step; none once the run has all its steps, as when a finished one is resumed."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -263,11 +283,38 @@ class PPOMaxTrainer(RLOOTrainer):
         if self.is_world_process_zero():
             write_card(str(self.args.output_dir), self._card(model_name, dataset_name, tags))
 
-    def _card(self, *named: Any) -> str:
-        """The card as text; `named` are the arguments of `create_model_card`."""
-        others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
-        base = str(self.model.get_base_model().name_or_path)
-        return model_card(base, others, self.args, self.state.log_history, *named)
+    # ------------------------------------------------------------------ beside the loop
+
+    def complete(self, prompts: list[Any]) -> Completions:
+        """Complete prompts by the role that is active, as a rollout would, and leave logs and model as they were.
+
+        Returns:
+            Prompts and completions in token ids, unpadded, and completions as texts or messages.
+        """
+        training, metrics = self.model.training, self._metrics["eval"]
+        kept = {name: list(values) for name, values in metrics.items()}
+        self.model.eval()
+        try:
+            return complete(self._generate, self.model, self.args, list(prompts))
+        finally:
+            self.model.train(training)
+            metrics.clear()
+            metrics.update(kept)
+
+    def explained_out_of_memory(self, plan: Any = None) -> AbstractContextManager[None]:
+        """`with trainer.explained_out_of_memory(): trainer.train()`: the error says which option to lower.
+
+        Args:
+            plan: `memory.MemoryPlan` of the run, for its figure beside.
+
+        Raises:
+            RuntimeError: In place of `torch.OutOfMemoryError`.
+        """
+
+        def where() -> tuple[str, int]:
+            return self.timer.running if self.model.training else "evaluation", self.state.global_step
+
+        return logging.explained_out_of_memory(self.args, where, plan)
 
     # ------------------------------------------------------------------ details
 
@@ -298,6 +345,16 @@ class PPOMaxTrainer(RLOOTrainer):
         gathered = self._calculate_rewards(inputs, prompts, completions, completion_ids)
         start = self.accelerator.process_index * len(prompts)
         return gathered[start : start + len(prompts)]
+
+    def _restart(self, micro_batches: int) -> None:
+        """Begin with a fresh rollout, so many micro-batches into the run."""
+        self._step, self._buffered_inputs = micro_batches, None
+
+    def _card(self, *named: Any) -> str:
+        """The card as text; `named` are the arguments of `create_model_card`."""
+        others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
+        base = str(self.model.get_base_model().name_or_path)
+        return logging.model_card(base, others, self.args, self.state.log_history, *named)
 
     def _next_ptx(self) -> dict[str, Tensor]:
         assert self._ptx is not None

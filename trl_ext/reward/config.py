@@ -1,11 +1,11 @@
 """Configuration of a reward model: TRL's, plus a field for every loss term and for what is stored with the adapter."""
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated
 
 from trl import RewardConfig
 
+from trl_ext.fields import at_least, check_fields, check_schedule, from_to_below, one_of, whole
 from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
 SMOOTHED = ("all", "suspected")
@@ -24,7 +24,9 @@ class RewardModelConfig(RewardConfig):
     )
 
     # Loss
-    margin: float = field(default=0.0, metadata={"help": "By how much the preferred score should lead, for all pairs."})
+    margin: Annotated[float, at_least(0)] = field(
+        default=0.0, metadata={"help": "By how much the preferred score should lead, for all pairs."}
+    )
     margin_column: str | None = field(
         default=None,
         metadata={
@@ -32,17 +34,17 @@ class RewardModelConfig(RewardConfig):
             "preference strength. Default: `margin`, where the dataset has such a column."
         },
     )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Probability that a label is wrong, from 0 to below 0.5."}
-    )
-    label_smoothing_on: str = field(
+    label_smoothing: Annotated[
+        float, from_to_below(0, 0.5, "at 0.5 the labels say nothing, above it they mean the opposite")
+    ] = field(default=0.0, metadata={"help": "Probability that a label is wrong, from 0 to below 0.5."})
+    label_smoothing_on: Annotated[str, one_of(SMOOTHED)] = field(
         default="all",
         metadata={
             "help": "Smooth 'all' labels, or those of pairs whose column `suspected` is true.",
             "choices": list(SMOOTHED),
         },
     )
-    lm_coef: float = field(
+    lm_coef: Annotated[float, at_least(0)] = field(
         default=0.0,
         metadata={
             "help": "Weight of the imitation term: the LM loss of the preferred response under the frozen LM head."
@@ -63,32 +65,18 @@ class RewardModelConfig(RewardConfig):
             "adapter. A reward role takes them off; plain PEFT computes raw scores."
         },
     )
-    normalization_samples: int = field(
+    normalization_samples: Annotated[int, whole(2, "normalize_rewards=False switches the normalisation off")] = field(
         default=512, metadata={"help": "How many reference responses the mean and the standard deviation are taken of."}
     )
 
     def __post_init__(self) -> None:
         choose_mixed_precision(self)
+        check_fields(self)
         super().__post_init__()
+        check_schedule(self)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would remove what the collator needs: leave it False.")
         if self.pad_to_multiple_of is not None:
             raise ValueError(
                 f"pad_to_multiple_of={self.pad_to_multiple_of} has no effect on packed rows: leave it None."
-            )
-        if self.label_smoothing_on not in SMOOTHED:
-            raise ValueError(f"label_smoothing_on={self.label_smoothing_on!r} is unknown: use one of {SMOOTHED}.")
-        numbers: dict[str, Any] = {name: getattr(self, name) for name in ("margin", "lm_coef", "label_smoothing")}
-        for name, value in numbers.items():
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a number of at least 0.")
-        if self.label_smoothing >= 0.5:
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing} must be below 0.5: at 0.5 the labels say nothing, above it "
-                "they mean the opposite."
-            )
-        if self.normalization_samples < 2:
-            raise ValueError(
-                f"normalization_samples={self.normalization_samples} must be at least 2; normalize_rewards=False "
-                "switches the normalisation off."
             )

@@ -30,7 +30,7 @@ from trl_ext.reward.losses import centering_losses, imitation_loss, pair_losses
 from trl_ext.reward.metrics import evaluate_pairs
 from trl_ext.reward.scoring import make_collator, response_lengths, score_batches
 from trl_ext.roles import RewardModel, RewardScale, load_base, load_base_config, max_positions
-from trl_ext.runs import check_finite, check_not_sharded
+from trl_ext.runs import RunGuard, check_finite, check_not_sharded
 from trl_ext.text import TextEncoder, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,7 @@ class RewardModelTrainer(RewardTrainer):
         self.evaluation: dict[str, Any] = {}
         model.model_card = self._card
         self.add_callback(_ScaleOfScores(self))
+        self.add_callback(RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
@@ -165,7 +166,7 @@ class RewardModelTrainer(RewardTrainer):
         if args.center_rewards_coefficient is not None:
             terms["centering"] = args.center_rewards_coefficient * (centering_losses(chosen, rejected) * weights).sum()
         if self.model.training:
-            check_finite("loss", terms, self.state.global_step, str(args.output_dir))
+            check_finite("loss", terms, self.state.global_step, str(args.output_dir), self.model)
         self._record(terms, scores.detach(), chosen.detach(), rejected.detach(), inputs)
         loss = torch.stack(list(terms.values())).sum()
         if not return_outputs:
@@ -202,6 +203,12 @@ class RewardModelTrainer(RewardTrainer):
         for name, value in zip(terms, gathered.mean(0).tolist(), strict=True):
             # As Trainer weighs `loss`: in training every batch the same, in evaluation every row
             metrics[f"loss/{name}"].extend([value] * (1 if mode == "train" else len(per_row)))
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one optimizer step; none once the run has all its steps, as when a finished one is resumed."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     # ------------------------------------------------------------------ evaluation
 

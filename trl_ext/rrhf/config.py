@@ -1,11 +1,11 @@
 """Configuration of RRHF: the `Trainer`'s, plus its loss, its data, and the online variants."""
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import TrainingArguments
 
+from trl_ext.fields import above, above_to, at_least, check_fields, check_schedule, each, number, whole
 from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
 
@@ -44,37 +44,39 @@ class RRHFConfig(TrainingArguments):
     )
 
     # Loss
-    rank_coef: float = field(default=1.0, metadata={"help": "Weight of the ranking loss."})
-    sft_coef: float = field(
+    rank_coef: Annotated[float, at_least(0)] = field(default=1.0, metadata={"help": "Weight of the ranking loss."})
+    sft_coef: Annotated[float, at_least(0)] = field(
         default=1.0, metadata={"help": "Weight of the negative log-likelihood of each prompt's best response."}
     )
-    length_penalty: float = field(
+    length_penalty: Annotated[float, at_least(0)] = field(
         default=1.0,
         metadata={"help": "Responses are ranked by the sum of their log-probabilities / length ** length_penalty."},
     )
-    margin: float = field(
+    margin: Annotated[float, at_least(0)] = field(
         default=0.0, metadata={"help": "By how much a better response must lead, in nats, to cost nothing."}
     )
     sft_token_mean: bool = field(
         default=False, metadata={"help": "Mean over the best response's tokens; the paper's is their sum."}
     )
-    beta: float = field(
+    beta: Annotated[float, at_least(0)] = field(
         default=0.0,
         metadata={"help": "Weight of the KL to the reference (k3 estimate per response token). 0 needs no reference."},
     )
 
     # Data
-    max_length: int | None = field(
+    max_length: Annotated[int | None, whole(2)] = field(
         default=None,
         metadata={"help": "Tokens of prompt and response; longer responses are cut. Default: 1024, or the positions."},
     )
     share_prompts: bool = field(
         default=True, metadata={"help": "Compute a prompt once for all its responses, where the model allows it."}
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise the datasets."})
+    dataset_num_proc: Annotated[int | None, whole(1)] = field(
+        default=None, metadata={"help": "Processes that tokenise the datasets."}
+    )
 
     # Online variants
-    online_every_steps: int | None = field(
+    online_every_steps: Annotated[int | None, whole(1)] = field(
         default=None,
         metadata={
             "help": "Sample the responses of the coming prompts from the current policy every so many optimizer steps "
@@ -88,19 +90,27 @@ class RRHFConfig(TrainingArguments):
             "IP-n, n = num_train_epochs)."
         },
     )
-    num_online_responses: int = field(default=4, metadata={"help": "Responses sampled per prompt, at least 2."})
+    num_online_responses: Annotated[int, whole(2)] = field(
+        default=4, metadata={"help": "Responses sampled per prompt, at least 2."}
+    )
     online_keep_best: bool = field(
         default=False,
         metadata={"help": "Rank the dataset's best response of each prompt along with the sampled ones."},
     )
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of online sampling."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus of online sampling; 1 switches it off."})
-    max_completion_length: int = field(default=256, metadata={"help": "Longest response sampled online, in tokens."})
-    generation_batch_size: int = field(default=64, metadata={"help": "Responses sampled and scored at once."})
-    reward_weights: list[float] | None = field(
+    temperature: Annotated[float, above(0)] = field(default=1.0, metadata={"help": "Temperature of online sampling."})
+    top_p: Annotated[float, above_to(0, 1, "1 switches it off")] = field(
+        default=1.0, metadata={"help": "Nucleus of online sampling; 1 switches it off."}
+    )
+    max_completion_length: Annotated[int, whole(1)] = field(
+        default=256, metadata={"help": "Longest response sampled online, in tokens."}
+    )
+    generation_batch_size: Annotated[int, whole(1)] = field(
+        default=64, metadata={"help": "Responses sampled and scored at once."}
+    )
+    reward_weights: Annotated[list[float] | None, each(number())] = field(
         default=None, metadata={"help": "Weight of each of `reward_funcs` in online scores. Default: 1 each."}
     )
-    reward_role_weight: float = field(
+    reward_role_weight: Annotated[float, number()] = field(
         default=1.0, metadata={"help": "Weight of the reward role's score, if the model has one, in online scores."}
     )
 
@@ -111,37 +121,12 @@ class RRHFConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         choose_mixed_precision(self)
+        check_fields(self)
         super().__post_init__()
-        self._check_numbers()
-        self._check_choices()
-
-    def _check_numbers(self) -> None:
-        for name in ("rank_coef", "sft_coef", "length_penalty", "margin", "beta"):
-            value = getattr(self, name)
-            if not _is_finite(value) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a number of at least 0.")
+        check_schedule(self)
         if self.rank_coef == 0 and self.sft_coef == 0:
             raise ValueError("rank_coef=0 and sft_coef=0 leave nothing to learn: set one of them above 0.")
-        whole: dict[str, tuple[int, bool]] = {  # the least value, and whether None is one
-            "max_length": (2, True),
-            "online_every_steps": (1, True),
-            "num_online_responses": (2, False),
-            "max_completion_length": (1, False),
-            "generation_batch_size": (1, False),
-        }
-        for name, (least, optional) in whole.items():
-            value = getattr(self, name)
-            if value is None and optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
-        if not _is_finite(self.temperature) or self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature!r} must be a number above 0.")
-        if not _is_finite(self.top_p) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p!r} must lie above 0 and be at most 1; 1 switches it off.")
-        for i, weight in enumerate([*(self.reward_weights or []), self.reward_role_weight]):
-            if not _is_finite(weight):
-                raise ValueError(f"reward weight {i} is {weight!r}: give a finite number.")
+        self._check_choices()
 
     def _check_choices(self) -> None:
         if self.online_every_steps is not None and self.online_every_pass:
@@ -166,7 +151,3 @@ class RRHFConfig(TrainingArguments):
                 "gradient_checkpointing_kwargs={'use_reentrant': True} would recompute under the wrong role: set it "
                 "to False or leave it out."
             )
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,11 +7,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from trl_ext.fields import above, above_to, at_least, check_fields, whole
 from trl_ext.generation.seeded import generate_responses, prompt_generator
 from trl_ext.roles import SharedBaseModel, max_positions
 from trl_ext.rrhf.data import RankedRow
@@ -31,36 +32,35 @@ class SamplingConfig:
         default_factory=lambda: ["temperature:4"],
         metadata={"help": "method:count, any of temperature, nucleus, beam, diverse: temperature:4 beam:2"},
     )
-    sampling_temperature: float = field(
+    sampling_temperature: Annotated[float, above(0)] = field(
         default=1.0, metadata={"help": "Temperature of temperature, nucleus and diverse."}
     )
-    sampling_top_p: float = field(default=0.9, metadata={"help": "Probability mass of nucleus sampling."})
-    diversity_penalty: float = field(
+    sampling_top_p: Annotated[float, above_to(0, 1)] = field(
+        default=0.9, metadata={"help": "Probability mass of nucleus sampling."}
+    )
+    diversity_penalty: Annotated[float, at_least(0)] = field(
         default=1.0,
         metadata={
             "help": "Diverse sampling takes this off a token's log-probability for every earlier response to the "
             "prompt that has the token at the same place."
         },
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest response; what it cuts is marked truncated."})
-    sampling_batch_size: int = field(default=64, metadata={"help": "Responses sampled and scored at once."})
-    sampling_seed: int = field(default=0, metadata={"help": "Every prompt has random numbers of its own from it."})
+    max_new_tokens: Annotated[int, whole(1)] = field(
+        default=256, metadata={"help": "Longest response; what it cuts is marked truncated."}
+    )
+    sampling_batch_size: Annotated[int, whole(1)] = field(
+        default=64, metadata={"help": "Responses sampled and scored at once."}
+    )
+    sampling_seed: Annotated[int, whole(0)] = field(
+        default=0, metadata={"help": "Every prompt has random numbers of its own from it."}
+    )
     response_columns: list[str] = field(
         default_factory=list,
         metadata={"help": "Columns of the dataset with further responses (human, other models), one or a list each."},
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "sampling_batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-        for name in ("sampling_temperature", "diversity_penalty"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (value == 0 and name == "sampling_temperature"):
-                raise ValueError(f"{name}={value!r} must be a number above 0 (the penalty may be 0).")
-        if not 0 < self.sampling_top_p <= 1:
-            raise ValueError(f"sampling_top_p={self.sampling_top_p!r} must lie above 0 and be at most 1.")
+        check_fields(self)
         if sum(self.counts.values()) == 0 and not self.response_columns:
             raise ValueError("sampling_methods is empty and response_columns too: there would be no responses.")
 

@@ -27,7 +27,7 @@ from trl_ext.rrhf.config import RRHFConfig
 from trl_ext.rrhf.data import DataReport, collate, encode_dataset, to_batch
 from trl_ext.rrhf.losses import best_response_loss, rank_loss, reference_kl_loss, sequence_scores
 from trl_ext.rrhf.online import BorderCallback, OnlineSampler
-from trl_ext.runs import check_finite, check_first_kl, check_not_sharded
+from trl_ext.runs import RunGuard, check_finite, check_first_kl, check_not_sharded
 from trl_ext.scoring import ResponseScorer, RewardSource, RewardSources
 from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer, longest
 
@@ -152,6 +152,7 @@ class RRHFTrainer(Trainer):
             scorer = ResponseScorer(model, self.encoder, sources, role_weight=args.reward_role_weight)
             self.sampler = OnlineSampler(model, self.encoder, args, scorer)
             self.add_callback(BorderCallback(self.sampled_batches))
+        self.add_callback(RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks))
         model.model_card = self._card
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +202,7 @@ class RRHFTrainer(Trainer):
             found |= metrics.kl_metrics(logps, reference_logps, mask)
 
         # 3. No silent nonsense
-        check_finite("loss", terms, self.state.global_step, str(args.output_dir))
+        check_finite("loss", terms, self.state.global_step, str(args.output_dir), self.model)
         found |= metrics.means(losses, len(inputs["rows"]))
         self.running_means["train" if training else "eval"].add(found)
         loss = torch.stack(list(terms.values())).sum()
@@ -218,6 +219,8 @@ class RRHFTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimizer step; online, drawn and resampled for all steps until the next moment."""
+        if self.state.global_step >= self.state.max_steps:  # as when a finished run is resumed
+            return [], None
         if self.sampler is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self.sampled_batches:

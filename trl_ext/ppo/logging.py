@@ -1,0 +1,282 @@
+"""What a run leaves behind: figures, sample completions, the model card, and words for a card that was too small.
+
+Every figure is over all processes unless it says otherwise.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather, gather_object
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor
+
+from trl_ext.ops.masking import masked_mean_var
+from trl_ext.ppo.losses import explained_variance
+from trl_ext.ppo.rollout import Rollout
+from trl_ext.report.cards import card_header, course_table, whole_card
+from trl_ext.runs import last_checkpoint
+
+COURSE = ("step", "reward", "kl", "beta", "perplexity", "completions/mean_length", "explained_variance")
+TAGS = ("ppo", "rlhf", "lora", "trl", "trl_ext")
+REMEDIES = {
+    "generate": "per_device_generate_batch_size (now {generate}), or max_completion_length",
+    "score": "per_device_score_batch_size (now {score})",
+    "update": "per_device_train_batch_size (now {train}; raise gradient_accumulation_steps and steps_per_generation as "
+    "much, so that learning does not change), or set gradient_checkpointing: true",
+    "evaluation": "per_device_eval_batch_size (now {eval})",
+}
+
+
+class PhaseTimer:
+    """Seconds and tokens of each phase of an iteration, on this process; `tokens` are filled in by who knows them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.tokens: dict[str, int] = {}
+        self.running = "update"  # the phase that is going on: what is neither generated nor scored is the update's
+        self._update: tuple[int, float] | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time some code. What the last phase cached is given back first: its tensors have other sizes.
+
+        CUDA runs behind, so wait for it at both ends.
+        """
+        _synchronize()
+        clear_device_cache()
+        self.running = name
+        start = time.perf_counter()
+        yield
+        _synchronize()
+        self.running = "update"
+        self.seconds[name] = time.perf_counter() - start
+
+    def start_update(self, tokens: int) -> None:
+        """The update follows the rollout and ends with its last optimizer step, before an evaluation or a save."""
+        _synchronize()
+        clear_device_cache()
+        self._update = tokens, time.perf_counter()
+
+    def end_update(self) -> None:
+        if self._update is not None:
+            _synchronize()
+            tokens, start = self._update
+            self.tokens["update"], self.seconds["update"] = tokens, time.perf_counter() - start
+            self._update = None
+
+    def metrics(self) -> dict[str, float]:
+        """What was timed since the last call."""
+        out = {f"seconds/{name}": seconds for name, seconds in self.seconds.items()}
+        for name, seconds in self.seconds.items():
+            out[f"tokens_per_second/{name}"] = self.tokens[name] / max(seconds, 1e-9)
+        self.seconds.clear()
+        return out
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def rollout_metrics(rollout: Rollout, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """KL, rewards, perplexities, lengths, and how well the critic did on one rollout batch."""
+    mask = rollout.completion_mask.bool()
+    lengths = mask.sum(1)
+    count, tokens, truncated, empty, nll, entropy = reduce(
+        torch.stack(
+            [
+                torch.tensor(float(len(mask)), device=mask.device),
+                mask.sum().float(),
+                rollout.truncated.float().sum(),
+                (lengths == 0).float().sum(),
+                -torch.where(mask, rollout.logps, 0.0).sum(),
+                torch.where(mask, rollout.entropy, 0.0).sum(),
+            ]
+        )
+    ).tolist()
+    tokens = max(tokens, 1.0)
+    out = {
+        "entropy": entropy / tokens,
+        "perplexity": math.exp(min(nll / tokens, 50.0)),
+        "completions/truncated_ratio": truncated / count,
+        "completions/empty": empty,
+    }
+    every_row = torch.ones_like(rollout.scores, dtype=torch.bool)
+    for name, values, where in (
+        ("reward", rollout.scores, every_row),
+        ("reward_shaped", rollout.shaped_scores, every_row),
+        ("value", rollout.values, mask),
+        ("return", rollout.returns, mask),
+        ("advantage", rollout.advantages, mask),
+    ):
+        mean, var = masked_mean_var(values, where, reduce)
+        out[f"{name}_mean" if name in ("value", "return") else name] = mean.item()
+        out[f"{name}_std"] = var.clamp(min=0).sqrt().item()
+    del out["advantage"]
+    if rollout.uncertainty is not None:
+        out["reward_uncertainty"] = masked_mean_var(rollout.uncertainty, every_row, reduce)[0].item()
+    explained = explained_variance(rollout.values, rollout.returns, mask, reduce=reduce)
+    out["explained_variance"] = explained.item()
+    if rollout.reference_logps is not None:
+        difference = torch.where(mask, rollout.logps - rollout.reference_logps, 0.0)
+        total, reference_nll = reduce(
+            torch.stack([difference.sum(), -torch.where(mask, rollout.reference_logps, 0.0).sum()])
+        ).tolist()
+        out |= {
+            "kl": total / count,
+            "kl_per_token": total / tokens,
+            "perplexity_reference": math.exp(min(reference_nll / tokens, 50.0)),
+        }
+    return out
+
+
+def reward_metrics(names: list[str], per_function: Tensor, role_scores: Tensor | None) -> dict[str, float]:
+    """Mean and standard deviation of each reward source, over the samples it applies to."""
+    columns = dict(zip(names, per_function.T, strict=True))
+    if role_scores is not None:
+        columns["reward_role"] = role_scores
+    out = {}
+    for name, column in columns.items():
+        values = gather(column.contiguous())
+        values = values[~values.isnan()]
+        out[f"rewards/{name}/mean"] = values.mean().item() if len(values) else math.nan
+        out[f"rewards/{name}/std"] = values.std(unbiased=False).item() if len(values) else math.nan
+    return out
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process so far in GiB: allocated on the card, or resident on a CPU."""
+    if device.type == "cuda":
+        return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+
+
+def average_over_processes(stats: dict[str, Tensor]) -> dict[str, float]:
+    """Means of scalars over processes, the largest for names that end in `max`, by one collective call."""
+    stacked = torch.stack([value.detach().float() for value in stats.values()])
+    rows = gather(stacked.unsqueeze(0))
+    means, largest = rows.mean(0).tolist(), rows.amax(0).tolist()
+    return {name: largest[i] if name.endswith("max") else means[i] for i, name in enumerate(stats)}
+
+
+# ---------------------------------------------------------------------- samples, and what reward functions report
+
+
+def log_samples(logs: dict[str, Any], names: Sequence[str], rollout: Rollout) -> None:
+    """Fill the table that `log_completions` prints, of all processes.
+
+    Args:
+        logs: TRL's columns.
+        names: Of the reward functions.
+        rollout: With its advantages.
+    """
+    logs["prompt"].extend(gather_object(rollout.prompts))
+    logs["completion"].extend(gather_object(rollout.completions))
+    for name, column in zip(names, gather(rollout.per_function.contiguous()).T, strict=True):
+        logs["rewards"][name].extend(column.tolist())
+    logs["rewards"]["total"].extend(gather(rollout.scores).tolist())
+    lengths = rollout.completion_mask.sum(1).clamp(min=1)
+    logs["advantages"].extend(gather(rollout.advantages.sum(1) / lengths).tolist())
+
+
+def take_reports(
+    columns: dict[str, list[Any]], metrics: dict[str, list[float]], count: int
+) -> tuple[dict[str, list[Any]], dict[str, float]]:
+    """What reward functions gave to TRL's `log_extra` and `log_metric`, of all processes; both are emptied.
+
+    Args:
+        columns: Cells of the table of completions.
+        metrics: Values of which the mean is logged.
+        count: Number of this process's completions.
+    """
+    # Sorted over all processes: each must make the same collective calls in the same order.
+    cells = {}
+    for name in sorted(set(gather_object(list(columns)))):
+        cells[name] = gather_object(columns.get(name, [None] * count))
+    means = {}
+    for name in sorted(set(gather_object(list(metrics)))):
+        values = gather_object(metrics.get(name, []))
+        means[name] = sum(values) / len(values)
+    columns.clear()
+    metrics.clear()
+    return cells, means
+
+
+# ---------------------------------------------------------------------- the model card
+
+
+def model_card(
+    base: str,
+    others: Sequence[str],
+    args: Any,
+    history: Sequence[dict[str, Any]],
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | list[str] | None = None,
+) -> str:
+    """Markdown with a Hub header: base, method, the options that differ from their defaults, the course of the run.
+
+    Args:
+        base: Hub id or folder of the base.
+        others: Names of the adapters saved beside the policy.
+        args: Configuration of the run.
+        history: Its logs.
+        model_name, dataset_name, tags: As in `Trainer.create_model_card`.
+    """
+    body = [
+        f"A LoRA adapter on `{base}`, trained by PPO-Max "
+        "([arXiv 2307.04964](https://huggingface.co/papers/2307.04964)) with trl_ext.",
+        "",
+        "```python",
+        "from peft import AutoPeftModelForCausalLM",
+        "",
+        'policy = AutoPeftModelForCausalLM.from_pretrained("this repository")',
+        "```",
+        "",
+        f"Beside the policy: {', '.join(f'`{name}/`' for name in others)}.",
+    ]
+    header = card_header(base, "text-generation", TAGS, tags, dataset_name)
+    return whole_card(args, header, model_name, body, course_table(history, COURSE, "reward"))
+
+
+# ---------------------------------------------------------------------- out of memory
+
+
+@contextmanager
+def explained_out_of_memory(args: Any, where: Callable[[], tuple[str, int]], plan: Any = None) -> Iterator[None]:
+    """Inside the block an error for want of memory says in which phase, and which option to lower.
+
+    Args:
+        args: `PPOMaxConfig`.
+        where: Gives the phase that is going on, one of `REMEDIES`, and the optimizer step.
+        plan: `memory.MemoryPlan` of the run, for its figure beside.
+
+    Raises:
+        RuntimeError: In place of `torch.OutOfMemoryError`.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        phase, step = where()
+        rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)
+        batches = {
+            "generate": args.per_device_generate_batch_size or rows,
+            "score": args.scored_at_a_time,
+            "train": args.per_device_train_batch_size,
+            "eval": args.per_device_eval_batch_size,
+        }
+        planned = ""
+        if plan is not None and phase in plan.phases:
+            planned = f" The plan says {plan.phases[phase].allocated / 2**30:.2f} GiB for it."
+        raise RuntimeError(
+            f"out of memory at step {step}, in the phase {phase}.{planned} Lower "
+            f"{REMEDIES[phase].format(**batches)}. {last_checkpoint(args.output_dir)} recipes/plan_memory.py shows "
+            f"what fits, and --auto_batch chooses it. PyTorch says: {error}"
+        ) from error
