@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from trl_ext.ops.ensemble import ENSEMBLE_MODES, combine_scores
 from trl_ext.ops.packing import pack
 from trl_ext.roles import Role, SharedBaseModel, max_positions
-from trl_ext.text import Messages, Prompt, TextEncoder, end_token_ids, load_tokenizer
+from trl_ext.text import Prompt, TextEncoder, end_token_ids, load_tokenizer
 
 RewardFunction: TypeAlias = Callable[..., Any]
 RewardSource: TypeAlias = str | torch.nn.Module | RewardFunction  # a classifier's id, a classifier, a function
@@ -395,9 +395,10 @@ class ResponseScorer:
         rows, ids = [row for row, _ in samples], [response for _, response in samples]
         per_function = torch.zeros(len(samples), 0, dtype=torch.float64)
         if self.sources.functions:
+            texts = self.encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)
             per_function = self.sources(
                 prompts=[row.prompt for row in rows],
-                completions=self._completions(rows, ids),
+                completions=[self.encoder.completion(row.prompt, t) for row, t in zip(rows, texts, strict=True)],
                 completion_ids=ids,
                 **{name: [row.columns[name] for row in rows] for name in rows[0].columns},
             )
@@ -416,7 +417,3 @@ class ResponseScorer:
             role = role.cpu()
         weights = torch.tensor(self.sources.weights, dtype=torch.float64)
         return combine(per_function, weights, role, self.role_weight).tolist()
-
-    def _completions(self, rows: Sequence[AnsweredPrompt], ids: list[list[int]]) -> list[str | Messages]:
-        texts = self.encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [self.encoder.completion(row.prompt, text) for row, text in zip(rows, texts, strict=True)]
