@@ -12,18 +12,18 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPTNeoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import ModelConfig
 
 from trl_ext import PPOMaxConfig
+from trl_ext.scripts.parsing import Given
 
 
 @pytest.fixture
-def plan_memory(repo_root: Path, monkeypatch: pytest.MonkeyPatch):
+def plan_memory(monkeypatch: pytest.MonkeyPatch):
     """The recipe as a module: a process for each test would mostly import."""
-    monkeypatch.syspath_prepend(repo_root / "recipes")
     monkeypatch.setenv("COLUMNS", "200")
-    return importlib.import_module("plan_memory")
+    return importlib.import_module("trl_ext.scripts.plan_memory")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,29 @@ def test_what_cannot_be_planned_says_why(plan_memory, model: Path, arguments, me
         plan_memory.main([f"--model_name_or_path={model}", *SHORT, *arguments])
 
 
+def test_a_model_without_sdpa_is_planned_with_the_attention_that_it_has(plan_memory, tmp_path: Path, capsys) -> None:
+    GPTNeoConfig(
+        vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, max_position_embeddings=64,
+        attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=1,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    plan_memory.main([f"--model_name_or_path={tmp_path}", "--gpu=1GiB", *SHORT])
+    assert "Fits into 1.00 GiB" in capsys.readouterr().out
+
+
+def test_a_plan_that_nobody_asked_for_never_ends_a_run(plan_memory, model: Path, tmp_path: Path, capsys) -> None:
+    training = PPOMaxConfig(
+        str(tmp_path), use_cpu=True, report_to="none", optim="sgd", steps_per_generation=1, max_completion_length=8
+    )
+    recipe = SimpleNamespace(auto_batch=False, adapter_dtype="float32", policy_adapter=None, reward_adapter=None)
+    prompts = Dataset.from_dict({"prompt": ["w3 w4 w5"]})
+    arguments = (training, ModelConfig(str(model)), Given(), prompts)
+    assert plan_memory.plan_of_run(recipe, *arguments) is None
+    assert "There is no memory plan for this run, which goes on without: ValueError: optim" in capsys.readouterr().out
+    recipe.auto_batch, recipe.gpu = True, "1GiB"
+    with pytest.raises(ValueError, match="optim"):
+        plan_memory.plan_of_run(recipe, *arguments)
+
+
 def test_auto_batch_keeps_the_rollout_and_logs_the_prediction(model: Path, repo_root: Path, tmp_path: Path) -> None:
     rows = [{"prompt": " ".join(["w3", "w4", "w5"][: 1 + i % 3])} for i in range(16)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -126,7 +149,7 @@ def test_auto_batch_bounds_the_cache_of_a_rollout_batch_that_does_not_fit(
             auto_batch=gpu is not None, gpu=gpu, adapter_dtype="float32", policy_adapter=None, reward_adapter=None
         )
         prompts = Dataset.from_dict({"prompt": ["w3 w4 w5"]})
-        return plan_memory.plan_of_run(recipe, training, ModelConfig(str(model)), prompts), training
+        return plan_memory.make_plan(recipe, training, ModelConfig(str(model)), Given(), prompts), training
 
     assert plan(**options)[0].generate_batch == (at_once or 4096)
     small, _ = plan(per_device_generate_batch_size=64)

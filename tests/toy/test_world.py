@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardTrainer, SFTTrainer
 
-from trl_ext.toy import ToyWorld, build_world, task
+from trl_ext.toy import ToyWorld, build_tokenizer, build_world, task
 
 SCALE = 0.01
 LINEAR_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -119,21 +119,73 @@ def test_an_interrupted_build_continues_with_the_stage_it_was_in(tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         build_world(tmp_path, scale=SCALE)
     (root,) = tmp_path.iterdir()
-    assert sorted(path.name for path in root.iterdir()) == ["base", "policy"]
+    assert stages(root) == ["base", "policy"]
     finished = {name: (root / name).stat().st_mtime_ns for name in ("base", "policy")}
-    (root / ".unfinished-reward-of-a-killed-process").mkdir()
+    left = root / ".unfinished-reward-of-a-killed-process"
+    (left / "reward").mkdir(parents=True)
 
     monkeypatch.setattr(RewardTrainer, "train", train)
     world = build_world(tmp_path, scale=SCALE)
     assert {name: (root / name).stat().st_mtime_ns for name in finished} == finished
     assert (world.reward_adapter / "adapter_model.safetensors").exists()
+    assert not left.exists()
 
 
-def test_several_processes_must_find_it_complete(world, world_dir, tmp_path, monkeypatch):
+def stages(root):
+    return sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+
+
+def test_in_a_run_of_several_processes_one_builds_the_same_world_and_the_others_load_it(
+    world, tmp_path, monkeypatch, no_training
+):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere.invalid"}.items():
+        monkeypatch.setenv(name, value)
+    found = build_world(tmp_path, seed=3, scale=SCALE)  # no trainer runs in this process
+    assert stages(found.base.parent) == ["base", "policy", "reward"]
+    left, right = (load_file(each.reward_adapter / "adapter_model.safetensors") for each in (world, found))
+    assert all(torch.allclose(left[name], right[name], atol=1e-5) for name in left)
+    written = (found.base / "config.json").stat().st_mtime_ns
+    monkeypatch.setenv("RANK", "1")
+    assert build_world(tmp_path, seed=3, scale=SCALE).base == found.base
+    assert (found.base / "config.json").stat().st_mtime_ns == written
+
+
+def test_a_build_that_fails_beside_several_processes_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert build_world(world_dir, seed=3, scale=SCALE).base == world.base
-    with pytest.raises(RuntimeError, match="single process"):
-        build_world(tmp_path, scale=SCALE)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match="could not be built"):
+        build_world(tmp_path / "file", scale=SCALE)
+
+
+@pytest.fixture(scope="module")
+def chat_world(tmp_path_factory):
+    return build_world(tmp_path_factory.mktemp("chat"), seed=3, scale=SCALE, template="chatml")
+
+
+def test_a_world_of_conversations_has_text_behind_the_end_token(chat_world):
+    tokenizer = AutoTokenizer.from_pretrained(chat_world.base)
+    prompt = chat_world.train_prompts[0]["prompt"]
+    assert [message["role"] for message in prompt] == ["user"]
+    answer = {"role": "assistant", "content": "she helped a frog . then she went home ."}
+    ids = tokenizer.apply_chat_template([*prompt, answer], tokenize=True, return_dict=False)
+    header = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=False, add_generation_prompt=True)
+    assert tokenizer.convert_ids_to_tokens(ids[-2:]) == ["<|im_end|>", "\n"]
+    assert ids[: len(header)] == header
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert AutoModelForCausalLM.from_pretrained(chat_world.base).generation_config.eos_token_id == ids[-2]
+    assert "<|im_end|>\n<|im_start|>assistant" in chat_world.pretrain_texts[0]["text"]
+    for adapter in (chat_world.policy_adapter, chat_world.reward_adapter):
+        assert (adapter / "adapter_model.safetensors").is_file()
+
+
+def test_a_plain_world_is_as_it_was():
+    tokenizer = build_tokenizer()
+    assert tokenizer.chat_template is None
+    assert tokenizer.eos_token == "<eos>"
+    assert len(tokenizer) == 4 + len(task.VOCABULARY)
+    with pytest.raises(ValueError, match="template='alpaca' is unknown"):
+        build_tokenizer("alpaca")
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("nan")])

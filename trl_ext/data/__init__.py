@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert_rows, deduplicate, load_preferences
-    from .reading import load_split
+    from .reading import has_splits, load_split
     from .rows import RowError, check_preference_row, check_ranking_row
     from .sources import FORMATS
 
@@ -26,6 +26,7 @@ __all__ = [
     "check_ranking_row",
     "convert_rows",
     "deduplicate",
+    "has_splits",
     "load_preferences",
     "load_split",
 ]
@@ -38,6 +39,7 @@ _HOME = {
     "check_ranking_row": "rows",
     "convert_rows": "convert",
     "deduplicate": "convert",
+    "has_splits": "reading",
     "load_preferences": "convert",
     "load_split": "reading",
 }

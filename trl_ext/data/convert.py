@@ -7,8 +7,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.data.reading import is_json_file, load_split, read_json_rows
-from trl_ext.data.rows import Record, Row, RowError, is_tie, shorten
+from trl_ext.data.reading import check_split, is_json_file, load_split, read_json_rows
+from trl_ext.data.rows import STRENGTHS, Record, Row, RowError, is_tie, shorten
 from trl_ext.data.sources import FORMATS, Format, detect_format
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class ConversionReport:
         rows_kept: rows in the dataset; rows_read = rows_kept + the sum of `dropped`.
         dropped: reason -> number of rows dropped for it.
         examples: reason -> (index, detail) of the first row dropped for it, counted from 0.
+        ignored: what was left out of rows that were kept -> number of rows.
     """
 
     format: str
@@ -35,6 +36,7 @@ class ConversionReport:
     rows_kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, tuple[int, str]] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
 
     def drop(self, index: int, error: RowError) -> None:
         """Count one dropped row."""
@@ -50,6 +52,7 @@ class ConversionReport:
         for reason, count in self.dropped.most_common():
             index, detail = self.examples[reason]
             lines.append(f"  {reason:<{width}}  {count:>9,}  {index:>9,}  {' '.join(detail.split())}".rstrip())
+        lines += [f"  ignored in {count:,} rows: {what}" for what, count in self.ignored.items()]
         return "\n".join(lines)
 
 
@@ -69,7 +72,7 @@ def load_preferences(
         source: a Hub id, a folder of `save_to_disk` or of data files, or a file: .jsonl or .json (.gz), .parquet, .csv.
         format: a name in `FORMATS`, or "auto", which goes by the columns. "trl" and "ranking" check rows that
             have the right format already.
-        split: the split of a Hub dataset or folder; a single file has none.
+        split: the split of a Hub dataset or folder; a single file has only "train".
         ties: "drop" counts and drops rows without a preference; "keep" keeps rankings whose scores are all equal.
         config: as `load_split`, and so are `data_dir` and `revision`.
 
@@ -81,6 +84,7 @@ def load_preferences(
         FileNotFoundError: no such file.
     """
     if is_json_file(source):
+        check_split(source, split)
         rows: Iterable[Row | RowError] = read_json_rows(source)
     else:
         rows = load_split(source, split, config=config, data_dir=data_dir, revision=revision)
@@ -101,10 +105,11 @@ def convert_rows(
         ValueError: an unknown format or way with ties; ties="keep" for pairs; columns missing (before any row is
             converted); no rows; no row that can be used.
     """
-    name, rows, total = _open(rows, format)
+    name, rows, total, worded = _open(rows, format)
     kind = FORMATS[name]
     _check_ties(ties, name, kind)
     report = ConversionReport(name)
+    rows = _without(rows, worded, report)
     dataset = _to_dataset(_records(rows, total, kind, ties == "keep", report))
     if dataset is None:
         raise ValueError(f"no row could be used\n{report}")
@@ -144,8 +149,14 @@ def deduplicate(train: "Dataset", test: "Dataset", by: str = "response") -> "tup
     return train.select(kept), report
 
 
-def _open(rows: "Iterable[Row | RowError] | Dataset", format: str) -> tuple[str, Iterator[Row | RowError], int | None]:
-    """The format's name, all rows and their number if it is known, after a look at the columns of the first rows."""
+def _open(
+    rows: "Iterable[Row | RowError] | Dataset", format: str
+) -> tuple[str, Iterator[Row | RowError], int | None, dict[str, str]]:
+    """What a look at the first rows tells.
+
+    Returns:
+        The format's name; all rows; their number if it is known; columns of strengths that are words -> the first word.
+    """
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format must be 'auto' or one of {', '.join(FORMATS)}; got {format!r}")
     total = len(rows) if isinstance(rows, Sized) else None
@@ -163,7 +174,29 @@ def _open(rows: "Iterable[Row | RowError] | Dataset", format: str) -> tuple[str,
             f"format {name!r} expects the columns {sorted(FORMATS[name].columns)}, found {sorted(columns)}: "
             f"{sorted(missing)} missing; rename the columns, or choose another format ({', '.join(FORMATS)})"
         )
-    return name, chain(head, iterator), total
+    return name, chain(head, iterator), total, _worded(readable)
+
+
+def _worded(rows: list[Row]) -> dict[str, str]:
+    """Columns for a strength that hold words only, as "clear" and "slight", and their first one."""
+    found = {}
+    for name in STRENGTHS:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values and all(isinstance(value, str) for value in values):
+            found[name] = values[0]
+    return found
+
+
+def _without(
+    rows: Iterator[Row | RowError], worded: dict[str, str], report: ConversionReport
+) -> Iterator[Row | RowError]:
+    """The rows without these columns; counts in `report` those that had one."""
+    for row in rows:
+        if worded and not isinstance(row, RowError):
+            for name in worded.keys() & row.keys():
+                report.ignored[f"{name} is a word, as {worded[name]!r}, and no number"] += 1
+            row = {name: value for name, value in row.items() if name not in worded}
+        yield row
 
 
 def _check_ties(ties: str, name: str, kind: Format) -> None:

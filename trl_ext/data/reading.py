@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from trl_ext.data.sources import join_webgpt_pair
 if TYPE_CHECKING:
     from datasets import Dataset
 
+CHUNK = 2**20
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -25,24 +28,27 @@ def load_split(
 ) -> "Dataset":
     """A split of a dataset: a Hub id, a folder of `save_to_disk` or of data files, or one file (.jsonl, .gz, ...).
 
-    A file, and a folder with one saved dataset, have no splits: `split` is not looked at.
+    A file, and a folder with one saved dataset, have no splits: all their rows are "train".
 
     Args:
         source: the id or path.
-        split: which split of a Hub dataset or folder.
+        split: which split of a Hub dataset or folder; "train" of a file.
         config: configuration (subset) of a Hub dataset.
         data_dir: folder inside a Hub dataset, for example "helpful-base" of Anthropic/hh-rlhf.
         revision: branch, tag or commit of a Hub dataset.
 
     Raises:
         FileNotFoundError: a name like a file's, and no such file.
-        ValueError: an unknown file format, a split that is not there, or a Hub dataset that is a script.
+        ValueError: an unknown file format, a file that cannot be read (the line, and why), a split that is not there,
+            or a Hub dataset that is a script.
     """
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
     path = Path(source)
+    if not has_splits(source):
+        check_split(source, split)
     if path.is_file():
-        return load_dataset(_file_format(path), data_files=str(path), split="train")
+        return _load_file(path)
     _check_not_a_missing_file(path)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         loaded = load_from_disk(str(path))
@@ -66,6 +72,74 @@ def load_split(
     return loaded[split]
 
 
+def has_splits(source: str | Path) -> bool:
+    """Whether a dataset may have several splits: a file, and a folder with one saved dataset, have none."""
+    path = Path(source)
+    return not path.is_file() and not (path / "dataset_info.json").is_file()
+
+
+def check_split(source: str | Path, split: str) -> None:
+    """Check that no split is asked of what has none.
+
+    Raises:
+        ValueError: It is; what would be read twice, as training rows and as test rows, is named.
+    """
+    if split != "train" and not has_splits(source):
+        raise ValueError(
+            f"{source} is one set of rows without splits, so it has no split {split!r}. Name the file with these rows "
+            "itself, or a folder with train.jsonl and test.jsonl."
+        )
+
+
+def _load_file(path: Path) -> "Dataset":
+    """All rows of a data file; what `datasets` cannot read is looked at line by line, to say where and why."""
+    import glob
+
+    from datasets import load_dataset
+
+    kind = _file_format(path)
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty.")
+    if kind != "parquet":
+        _check_utf8(path)  # which `datasets` finds out when a row is read
+    try:
+        return load_dataset(kind, data_files=glob.escape(str(path)), split="train")
+    except Exception as error:
+        if kind == "json":
+            _explain_json(path)
+        raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
+
+
+def _explain_json(path: Path) -> None:
+    """Say what is wrong with a JSON file.
+
+    Raises:
+        ValueError: The first line that is no object, or whose values are of another kind than those before.
+    """
+    kinds: dict[str, tuple[str, int]] = {}
+    row = -1
+    for row, record in enumerate(read_json_rows(path)):
+        if isinstance(record, RowError):
+            raise ValueError(f"{path}, row {row}: {record}. Mend or remove the line.")
+        for name, value in record.items():
+            if value is None:
+                continue
+            kind, first = kinds.setdefault(name, (_kind(value), row))
+            if _kind(value) != kind:
+                raise ValueError(
+                    f"{path}, row {row}: {name!r} is {shorten(value)}, a {_kind(value)}; in row {first} it is a "
+                    f"{kind}. A column holds one kind of value."
+                )
+    if row < 0:
+        raise ValueError(f"{path} has no rows.")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "bool"
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
 def is_json_file(source: str | Path) -> bool:
     """Whether `source` is a JSON file, perhaps gzipped, that `read_json_rows` reads."""
     path = Path(source)
@@ -80,8 +154,37 @@ def read_json_rows(path: str | Path) -> Iterator[Row | RowError]:
     type than those before. A line that is no JSON object comes out as a RowError; blank lines do not count.
     """
     path = Path(path)
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        if ".json" in path.suffixes and file.read(1) == "[":
+    with _explained(path):
+        yield from _json_rows(path)
+
+
+def _check_utf8(path: Path) -> None:
+    with _explained(path), _open_text(path) as file:
+        while file.read(CHUNK):
+            pass
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 ({error.reason}): save it as UTF-8, as by iconv -f latin1 -t utf-8 {path}"
+        ) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is no whole gzip file: {error}") from error
+
+
+def _open_text(path: Path) -> Any:
+    zipped = path.suffix.lower() == ".gz"
+    return gzip.open(path, "rt", encoding="utf-8") if zipped else path.open(encoding="utf-8")
+
+
+def _json_rows(path: Path) -> Iterator[Row | RowError]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    with _open_text(path) as file:
+        if ".json" in suffixes and file.read(1) == "[":
             file.seek(0)
             yield from map(_as_row, json.load(file))
             return
@@ -107,7 +210,7 @@ def _as_row(value: Any) -> Row | RowError:
 
 
 def _file_format(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix in FILE_FORMATS]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() in FILE_FORMATS]
     if not suffixes:
         raise ValueError(f"file {path}: unknown format, use one of {', '.join(FILE_FORMATS)} (or .gz)")
     return FILE_FORMATS[suffixes[-1]]
@@ -115,5 +218,5 @@ def _file_format(path: Path) -> str:
 
 def _check_not_a_missing_file(path: Path) -> None:
     # Otherwise a misspelt path is looked for on the Hub, and the error speaks of networks and repositories.
-    if path.suffix in (*FILE_FORMATS, ".gz") and not path.exists():
+    if path.suffix.lower() in (*FILE_FORMATS, ".gz") and not path.exists():
         raise FileNotFoundError(f"there is no file {path.resolve()}")

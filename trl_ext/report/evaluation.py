@@ -59,6 +59,7 @@ def evaluate_policy(
 
     Args:
         model: Policy and reference.
+        tokenizer: The model's, or a `TextEncoder` of it.
         prompts: Column `prompt`; other columns reach the reward functions.
         scorer: The reward, a `ResponseScorer`.
         gold: A TRL reward function that nobody trains on, where there is one.
@@ -70,7 +71,9 @@ def evaluate_policy(
     Returns:
         Metrics by the keys of `LABELS`, and the responses' texts.
     """
-    encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, model.generation_config))
+    encoder = tokenizer
+    if not isinstance(tokenizer, TextEncoder):
+        encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, model.generation_config))
     rows = []
     for row in prompts:
         columns = {name: value for name, value in row.items() if name != "prompt"}
@@ -94,7 +97,7 @@ def evaluate_policy(
             best = max(range(best_of), key=own.__getitem__)
             row.response_ids, row.score = group[best], own[best]
     ids = [row.response_ids for row in rows]
-    texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    texts = [text.strip() for text in encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)]
     metrics = {"reward": sum(row.score for row in rows) / len(rows)}
     metrics["reward_std"] = float(torch.tensor([row.score for row in rows]).std()) if len(rows) > 1 else 0.0
     if gold is not None:

@@ -145,7 +145,7 @@ def _number(value: Any, column: str, index: int, name: str) -> float:
 
 
 def _pair(row: Mapping[str, Any], encoder: TextEncoder) -> dict[str, Any]:
-    record = check_preference_row(row)
+    record = check_preference_row({name: row.get(name) for name in ("prompt", "chosen", "rejected")})
     ids, start = _encode(record["prompt"], [record["chosen"], record["rejected"]], encoder)
     if ids[0] == ids[1]:
         raise RowError("chosen equals rejected once tokenized")

@@ -1,10 +1,10 @@
 """SFT, best-of-n, RRHF, DPO, RLOO and PPO-Max with the same prompts, reward and number of samples: a table, a picture.
 
-    python recipes/compare.py
+    python recipes/experiments/compare.py
 
 needs nothing: it compares in the embedded world, where a gold reward is known. With a model:
 
-    python recipes/compare.py --config recipes/configs/compare_tinystories.json --output_dir runs/compare \
+    python recipes/experiments/compare.py --config recipes/configs/compare_tinystories.json --output_dir runs/compare \
         --model_name_or_path MODEL --dataset_name prompts.jsonl.gz --reward_funcs lexicon_reward.py:lexicon_reward
 
 Each method runs in a process of its own, which is what seconds and peak memory are of; RRHF and DPO share their
@@ -20,7 +20,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import print_table
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
+
+from trl_ext.scripts.parsing import CONFIGS
+from trl_ext.scripts.tables import print_table
 
 LABELS = {
     "sft": "SFT (start)",
@@ -43,11 +46,13 @@ COLUMNS = {
     "memory": "memory, GiB",
 }
 SHARED = ("rrhf", "dpo")  # train on samples that were made before
-DEFAULTS = Path(__file__).parent / "configs" / "compare_toy.json"
+DEFAULTS = CONFIGS / "compare_toy.json"
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"))
     parser.add_argument("--model_name_or_path", help="default: the embedded world")
     parser.add_argument("--dataset_name", help="prompts: Hub id, folder or file; the first --eval_prompts are held out")
@@ -116,9 +121,9 @@ def run_job(job: dict[str, Any], method: str, seed: int, options: argparse.Names
     job = job | {"method": method, "seed": seed, "folder": str(folder), "adapter": str(folder / "adapter")}
     job |= {"responses": str(shared), "settings": options.settings.get(method, {})}
     (folder / "job.json").write_text(json.dumps(job, indent=1))
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, str(root / "recipes" / "compare_methods.py"), str(folder / "job.json")]
+    command = [sys.executable, str(Path(__file__).with_name("compare_methods.py")), str(folder / "job.json")]
     with (folder / "log.txt").open("w") as log:
         done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=log, stderr=log, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""The methods of recipes/compare.py, each run in a process of its own: job.json in, result.json out.
+"""The methods of recipes/experiments/compare.py, each run in a process of its own: job.json in, result.json out.
 
 Every method gets the same prompts, reward and number of generated samples, four to a prompt except for PPO-Max, which
 takes one; where a method repeats its samples it makes two passes. All start at the same policy, which stays the
@@ -13,9 +13,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from common import load_reward_function
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
 from trl_ext.data import load_split
+from trl_ext.scripts.inputs import load_reward_function
 
 BATCH, PER_PROMPT, PASSES = 32, 4, 2  # samples in a rollout batch, responses to a prompt, passes over samples
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False}
@@ -29,9 +30,10 @@ class RoleReward:
         self.scorer, self.tokenizer = make_scorer(job, load_start(job)), load_tokenizer(job)
 
     def __call__(self, prompts: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
-        from trl_ext.rrhf.data import RankedRow, prompt_encoder
+        from trl_ext.report.evaluation import AnsweredPrompt
 
-        rows = [RankedRow(prompt, prompt_encoder(self.tokenizer, prompt)[0], [], []) for prompt in prompts]
+        encode = self.scorer.encoder.prompt_ids
+        rows = [AnsweredPrompt(prompt, encode(prompt), {}) for prompt in prompts]
         return self.scorer(list(zip(rows, completion_ids, strict=True)))
 
 
@@ -246,8 +248,7 @@ def peak_memory() -> float:
 
 
 def evaluate(job: dict[str, Any], best_of: int) -> dict[str, float]:
-    from policy_evaluation import evaluate_policy
-
+    from trl_ext.report.evaluation import evaluate_policy
     from trl_ext.roles import tuned_policy
     from trl_ext.toy import gold_reward
 

@@ -1,0 +1,182 @@
+"""The pipeline's judgement, and its base, which is loaded once."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trl_ext.scripts import pipeline
+from trl_ext.text import TextEncoder, load_tokenizer
+from trl_ext.toy import build_world
+from trl_ext.toy.task import CREATURES
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory):
+    """An embedded world of conversations: a line break stands behind the end token."""
+    return build_world(tmp_path_factory.mktemp("world"), scale=0.02, template="chatml")
+
+
+def test_ties_are_neither_wins_nor_losses() -> None:
+    before = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    tuned = torch.tensor([[2.0, 2.0], [0.0, 0.0], [1.0, 1.0], [1.5, 0.0]])
+    same = torch.tensor([False, False, False, False])
+    found = pipeline.judgement_of(before, tuned, same)
+    # mean score: 2 > 1, 0 < 1, 1 = 1, 0.75 < 1
+    assert (found["win"], found["tie"], found["loss"]) == (0.25, 0.25, 0.5)
+    assert found["ensemble_prefers_tuned"] == 0.375
+    assert found["each_judge"] == [0.625, 0.375]  # win, loss, tie, win; win, loss, tie, loss
+    assert found["all_judges_agree"] == pytest.approx(2 / 3)  # not on the last; the third is a tie
+    assert found["standard_error"] == pytest.approx((((0.625**2 + 2 * 0.375**2 + 0.125**2) / 4) ** 0.5) / 2)
+
+
+def test_the_same_answer_twice_is_a_tie_whatever_rounding_says() -> None:
+    before, tuned = torch.tensor([[1.0]]), torch.tensor([[1.0000001]])
+    found = pipeline.judgement_of(before, tuned, torch.tensor([True]))
+    assert (found["win"], found["tie"], found["loss"]) == (0.0, 1.0, 0.0)
+    assert found["each_judge"] == [0.5]
+    assert found["all_judges_agree"] is None
+
+
+def run(folder: Path, world, *flags: str, rows=None) -> dict:
+    """A run at tiny size in this process; what was judged."""
+    rows = rows or [
+        {
+            "prompt": [{"role": "user", "content": f"one {time} the small {animal} went to the river ."}],
+            "chosen": [{"role": "assistant", "content": "she helped a frog . then she went home ."}],
+            "rejected": [{"role": "assistant", "content": "she bit a frog ."}],
+        }
+        for time in ("morning", "day", "evening", "night")
+        for animal in ("fox", "bear", "crow", "hen", "cat", "dog")
+    ]
+    folder.mkdir(exist_ok=True)
+    for name, part in (("train", rows[: len(rows) // 2]), ("test", rows[len(rows) // 2 :])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    (folder / "reward.yaml").write_text(
+        "use_cpu: true\nbf16: false\nreport_to: none\nsave_strategy: 'no'\nmax_steps: 1\n"
+        "per_device_train_batch_size: 8\nlearning_rate: 1.0e-2\ndisable_tqdm: true\nmax_length: 64\n"
+    )
+    pipeline.main(
+        [
+            f"--model_name_or_path={world.base}",
+            f"--dataset_name={folder / 'train.jsonl'}",
+            f"--dataset_test_name={folder / 'test.jsonl'}",
+            f"--output_dir={folder / 'out'}",
+            f"--reward_config={folder / 'reward.yaml'}",
+            *["--members=3", "--judged_prompts=6", "--use_cpu", "--report_to=none"],
+            *["--bf16=false", "--gradient_checkpointing=false", "--save_strategy=no", "--disable_tqdm=true"],
+            *["--max_steps=2", "--per_device_train_batch_size=4", "--steps_per_generation=2"],
+            *["--max_completion_length=8", "--logging_steps=1", "--critic_warmup_steps=0"],
+            *flags,
+        ]
+    )
+    return json.loads((folder / "out" / "judgement.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def judged(world, tmp_path_factory: pytest.TempPathFactory):
+    """A run that starts at the SFT adapter: its folder, its judgement, and how often a base was loaded."""
+    folder, loads = tmp_path_factory.mktemp("run") / "r", []
+    with pytest.MonkeyPatch.context() as patch:
+        load = AutoModelForCausalLM.from_pretrained
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loads.append(a) or load(*a, **k))
+        seen = {}
+        scores = pipeline.judge_scores
+
+        def record(judges, encoder, rows):
+            seen.setdefault("rows", []).append(rows)
+            return scores(judges, encoder, rows)
+
+        patch.setattr(pipeline, "judge_scores", record)
+        found = run(folder, world, f"--policy_adapter={world.policy_adapter}", "--lora_r=4")
+    return folder, found, loads, seen["rows"]
+
+
+def test_the_base_is_loaded_once_for_all_stages(judged) -> None:
+    assert len(judged[2]) == 1
+
+
+def test_judges_read_the_header_and_what_the_template_puts_behind_the_end(judged, world) -> None:
+    encoder = TextEncoder(load_tokenizer(str(world.base)))
+    header = encoder.tokenizer.convert_tokens_to_ids(["<|im_start|>", "assistant", "\n"])
+    ended = 0
+    for rows in judged[3]:
+        for ids in rows:
+            text = " ".join(encoder.tokenizer.convert_ids_to_tokens(ids))
+            assert " ".join(encoder.tokenizer.convert_ids_to_tokens(header)) in text
+            if encoder.end_ids[0] in ids[ids.index(header[1]) :]:
+                assert encoder.tokenizer.convert_ids_to_tokens(ids[-2:]) == ["<|im_end|>", "\n"]
+                ended += 1
+    assert ended or judged[1]["prompts"]
+
+
+def test_win_tie_and_loss_are_written(judged) -> None:
+    found = judged[1]
+    assert found["prompts"] == 6
+    assert found["win"] + found["tie"] + found["loss"] == pytest.approx(1)
+    assert len(found["each_judge"]) == 2
+    assert len(found["examples"]) == 5
+
+
+def test_the_policy_starts_at_its_adapter_and_the_rank_of_the_flags_is_that_of_the_reward_models(judged) -> None:
+    folder = judged[0]
+    ranks = {
+        name: json.loads((folder / "out" / name / "adapter_config.json").read_text())["r"]
+        for name in ("", "reference", "reward", "reward/member_2")
+    }
+    assert ranks == {"": 16, "reference": 16, "reward": 4, "reward/member_2": 4}
+
+
+def test_plain_pairs_and_a_policy_that_does_not_move(judged, tmp_path: Path) -> None:
+    world = build_world(tmp_path / "world", scale=0.02)
+    rows = [
+        {"prompt": f"one {time} the small {animal} ran to the river .", "chosen": " she fell .", "rejected": " he ."}
+        for time in ("day", "night")
+        for animal in CREATURES
+    ]
+    still = ("--learning_rate=0", "--critic_learning_rate=0")
+    found = run(tmp_path / "r", world, *still, f"--policy_adapter={world.policy_adapter}", rows=rows)
+    assert (found["win"], found["tie"], found["loss"]) == (0.0, 1.0, 0.0)
+    assert found["examples"][0]["prompt"].startswith("one night the small")
+
+
+def test_the_flags_of_the_base_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import trl_ext.scripts.models as models
+
+    seen = {}
+    monkeypatch.setattr(models, "load_base", lambda name, **options: seen.update(options))
+    flags = ["--load_in_4bit", "--model_revision=r", "--attn_implementation=eager", "--use_cpu"]
+    _, training, model_args, _ = pipeline.parse(
+        ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=x", *flags]
+    )
+    pipeline.load_causal_base(model_args, training)
+    assert seen["quantization_config"].load_in_4bit
+    assert (seen["revision"], seen["attn_implementation"]) == ("r", "eager")
+
+
+def test_a_reward_config_with_a_wrong_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("learning_rat: 1\n")
+    with pytest.raises(ValueError, match=r"learning_rat in .*r\.yaml: no such option; did you mean learning_rate"):
+        pipeline.reward_arguments(str(tmp_path / "r.yaml"), output_dir="x")
+
+
+def test_prompts_that_are_all_too_long_are_an_error(world) -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"prompt": ["one day the fox went to the river ."] * 2})
+    encoder = TextEncoder(load_tokenizer(str(world.base)))
+    assert len(pipeline.prompts_of(rows, encoder, 20)) == 1
+    with pytest.raises(ValueError, match="--max_prompt_length 3"):
+        pipeline.prompts_of(rows, encoder, 3)
+
+
+def test_reward_models_are_enough_to_go_on_from(tmp_path: Path) -> None:
+    flags = ["--model_name_or_path=m", "--dataset_name=d", f"--output_dir={tmp_path}", "--use_cpu"]
+    recipe, training, *_ = pipeline.parse([*flags, "--resume_from_checkpoint=true"])
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        pipeline.resume_of(recipe, training)
+    (tmp_path / "reward" / "member_1").mkdir(parents=True)
+    (tmp_path / "reward" / "member_1" / "adapter_model.safetensors").write_text("")
+    assert pipeline.resume_of(recipe, training) is None

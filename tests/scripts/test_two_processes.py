@@ -1,0 +1,122 @@
+"""Whole recipes on two real processes (gloo): one run, whose processes end with equal adapters."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trl_ext.toy import build_world
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = [
+    "--logging_steps=1",
+    "--use_cpu=true",
+    "--report_to=none",
+    "--save_strategy=no",
+    "--gradient_checkpointing=false",
+]
+
+
+def launch(recipe: str, folder: Path, *flags: str) -> str:
+    """Run a recipe of `trl_ext.scripts` on two processes; its output."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(Path(__file__).with_name("on_two_processes.py")), recipe, str(folder), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def check_equal(folder: Path, trainer: str) -> None:
+    """Both processes were wrapped, trained, and hold the same adapters to the last bit."""
+    left, right = (torch.load(folder / f"{trainer}-rank{rank}.pt") for rank in (0, 1))
+    assert left["wrapped"] == right["wrapped"] == "DistributedDataParallel"
+    for moment in ("start", "end"):
+        assert left[moment].keys() == right[moment].keys()
+        assert all(torch.equal(left[moment][name], right[moment][name]) for name in left[moment]), moment
+    moved = [name for name in left["end"] if not torch.equal(left["start"][name], left["end"][name])]
+    assert moved
+
+
+def test_ppo_max(tmp_path: Path) -> None:
+    flags = [f"--output_dir={tmp_path / 'out'}", "--world_scale=0.02", "--max_steps=4", "--eval_prompts=8"]
+    flags += ["--per_device_train_batch_size=4", "--critic_warmup_steps=1", "--per_device_eval_batch_size=4"]
+    printed = launch("ppo_max", tmp_path, *flags, *QUICK)
+    check_equal(tmp_path, "Trainer")
+    assert printed.count("Before and after PPO-Max") == 1
+    found = json.loads((tmp_path / "out" / "before_after.json").read_text())
+    assert found["before"]["step"] == 0
+    assert found["before"]["eval_kl"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory):
+    return build_world(tmp_path_factory.mktemp("world"), scale=0.02, template="chatml")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl and test.jsonl, conversations."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for split, places in (("train", ("river", "hill")), ("test", ("lake",))):
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": f"one {time} the small {animal} went to the {place} ."}],
+                "chosen": [{"role": "assistant", "content": "she helped a frog . then she went home ."}],
+                "rejected": [{"role": "assistant", "content": "she bit a frog ."}],
+            }
+            for place in places
+            for time in ("morning", "day", "evening", "night")
+            for animal in ("fox", "bear", "crow", "hen")
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.mark.slow
+def test_ppo_max_on_conversations_with_a_fresh_policy(world, pairs: Path, tmp_path: Path) -> None:
+    flags = [f"--model_name_or_path={world.base}", f"--reward_adapter={world.reward_adapter}", "--lora_r=4"]
+    flags += [f"--dataset_name={pairs}", "--dataset_test_split=test", f"--output_dir={tmp_path / 'out'}"]
+    flags += ["--max_steps=4", "--per_device_train_batch_size=4", "--eval_prompts=8", "--max_completion_length=8"]
+    launch("ppo_max", tmp_path, *flags, "--critic_warmup_steps=1", "--bf16=false", *QUICK)
+    check_equal(tmp_path, "Trainer")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("online", [[], ["--online_every_steps=1", "--max_completion_length=8"]], ids=["", "online"])
+def test_rrhf(online: list[str], tmp_path: Path) -> None:
+    flags = [f"--output_dir={tmp_path / 'out'}", "--world_scale=0.02", "--max_prompts=16", "--max_new_tokens=8"]
+    flags += ["--eval_prompts=4", "--per_device_train_batch_size=4", "--num_train_epochs=1"]
+    printed = launch("rrhf", tmp_path, *flags, *online, *QUICK)
+    check_equal(tmp_path, "RRHFTrainer")
+    assert printed.count("Before and after RRHF") == 1
+
+
+@pytest.mark.slow
+def test_reward_model(tmp_path: Path) -> None:
+    flags = [f"--output_dir={tmp_path / 'out'}", "--world_scale=0.03", "--max_steps=4"]
+    printed = launch("reward_model", tmp_path, *flags, "--per_device_train_batch_size=8", *QUICK)
+    check_equal(tmp_path, "RewardModelTrainer")
+    assert printed.count("test pairs") == 2  # the announcement and the table
+
+
+@pytest.mark.slow
+def test_pipeline(world, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "reward.yaml").write_text(
+        "use_cpu: true\ngradient_checkpointing: false\nreport_to: none\nsave_strategy: 'no'\nmax_steps: 2\n"
+        "bf16: false\nper_device_train_batch_size: 4\nlearning_rate: 1.0e-3\ndisable_tqdm: true\n"
+    )
+    flags = [f"--model_name_or_path={world.base}", f"--policy_adapter={world.policy_adapter}", "--members=2"]
+    flags += [f"--dataset_name={pairs}", "--dataset_test_split=test", f"--output_dir={tmp_path / 'out'}"]
+    flags += [f"--reward_config={tmp_path / 'reward.yaml'}", "--judged_prompts=6", "--max_completion_length=8"]
+    flags += ["--max_steps=4", "--per_device_train_batch_size=4", "--steps_per_generation=2", "--bf16=false"]
+    launch("pipeline", tmp_path, *flags, "--critic_warmup_steps=0", *QUICK)
+    for trainer in ("RewardModelTrainer", "PPOMaxTrainer"):
+        check_equal(tmp_path, trainer)
+    found = json.loads((tmp_path / "out" / "judgement.json").read_text())
+    assert found["win"] + found["tie"] + found["loss"] == pytest.approx(1)

@@ -1,0 +1,1 @@
+"""What the recipes do: flags, loading, one module for the body of each recipe, tables and pictures."""

@@ -1,0 +1,185 @@
+"""Data and reward functions by name, checked before a model is loaded."""
+
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from trl_ext.data import deduplicate, has_splits, load_preferences, load_split
+from trl_ext.scripts.arguments import PreferenceArguments, PromptArguments, WorldArguments
+from trl_ext.text import check_prompts
+
+TOY_PAIRS, TOY_TEST_PAIRS = 2560, 1000
+HELD_OUT, HELD_OUT_AT_MOST = 0.1, 1000
+PROMPT_COLUMNS = ("prompts", "question", "questions", "instruction", "query", "input", "text", "messages")
+
+
+# ---------------------------------------------------------------------- reward functions
+
+
+def load_reward_function(spec: str) -> str | Callable[..., Any]:
+    """`path/to/file.py:function` as that function; anything else as the id of a sequence-classification model.
+
+    The file becomes a module under a name of its own, so that one called torch.py or json.py replaces none.
+
+    Raises:
+        ValueError: No such file or function, or a file that cannot be imported.
+    """
+    file, _, name = spec.rpartition(":")
+    if spec.endswith(".py"):
+        known = f": it has {', '.join(_functions(spec))}" if Path(spec).is_file() else ""
+        raise ValueError(f"--reward_funcs {spec}: name the function too, as in {spec}:reward{known}.")
+    if not file.endswith(".py"):
+        return spec
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"--reward_funcs {spec}: there is no file {path.resolve()}.")
+    function = getattr(_module(path), name, None)
+    if not callable(function):
+        raise ValueError(f"--reward_funcs {spec}: {path} has no function {name!r}, only {', '.join(_functions(file))}.")
+    return function
+
+
+def load_reward_functions(specs: list[str] | None) -> list[Any]:
+    """`load_reward_function` of each."""
+    return [load_reward_function(spec) for spec in specs or []]
+
+
+def _module(path: Path) -> Any:
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = f"trl_ext_reward_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(f"--reward_funcs {path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _functions(file: str) -> list[str]:
+    with contextlib.suppress(ValueError):
+        module = _module(Path(file))
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        return [name for name in own if callable(getattr(module, name)) and not name.startswith("_")] or ["none"]
+    return ["none that can be imported"]
+
+
+# ---------------------------------------------------------------------- prompts
+
+
+def load_prompts(recipe: PromptArguments) -> tuple[Dataset, Dataset]:
+    """Prompts to train on and prompts to evaluate on, by name.
+
+    Raises:
+        ValueError: A split that is not there, or rows that are no prompts.
+    """
+    assert recipe.dataset_name is not None
+    train = load_split(recipe.dataset_name, recipe.dataset_train_split, config=recipe.dataset_config)
+    check_prompt_rows(train, recipe.dataset_name)
+    test = train
+    if recipe.dataset_test_split is not None:
+        test = load_split(recipe.dataset_name, recipe.dataset_test_split, config=recipe.dataset_config)
+        check_prompt_rows(test, f"{recipe.dataset_name}, split {recipe.dataset_test_split}")
+    return train, test
+
+
+def check_prompt_rows(dataset: Dataset, name: str) -> None:
+    """Check that a dataset has prompts, and nothing else in their place.
+
+    Raises:
+        ValueError: What is missing; and the column that was probably meant.
+    """
+    columns = dataset.column_names
+    if "prompt" not in columns:
+        near = [column for column in PROMPT_COLUMNS if column in columns]
+        near = near or difflib.get_close_matches("prompt", columns, n=1)
+        meant = f" Rename {near[0]!r}: dataset.rename_column({near[0]!r}, 'prompt')." if near else ""
+        raise ValueError(f"{name} has no column 'prompt', only {columns}.{meant}")
+    if not len(dataset):
+        raise ValueError(f"{name} is empty: give at least one prompt.")
+    check_prompts(dataset["prompt"], name)
+
+
+def first_prompts(dataset: Dataset, count: int) -> Dataset:
+    """The first prompts, for the evaluation before and after.
+
+    Raises:
+        ValueError: Fewer than one was asked for.
+    """
+    if count < 1:
+        raise ValueError(f"--eval_prompts {count}: the evaluation before and after needs at least 1.")
+    return dataset.select(range(min(count, len(dataset))))
+
+
+# ---------------------------------------------------------------------- preferences
+
+
+def load_preference_splits(
+    recipe: PreferenceArguments, seed: int, show: Callable[..., Any] = print
+) -> tuple[Dataset, Dataset]:
+    """Training and test rows by name, converted and checked, with a printed report of what was left out.
+
+    Raises:
+        ValueError: No dataset, a split that is not there, or no row that is not in the test set.
+    """
+    if recipe.dataset_name is None:
+        raise ValueError("--dataset_name is missing: preferences by Hub id, folder or file.")
+    train, report = load_preferences(
+        recipe.dataset_name, recipe.dataset_format, recipe.dataset_train_split, config=recipe.dataset_config
+    )
+    show(report)
+    if recipe.dataset_test_name is None and recipe.dataset_test_split is None:
+        count = max(1, min(HELD_OUT_AT_MOST, round(HELD_OUT * len(train))))
+        if count == len(train):
+            raise ValueError(f"{recipe.dataset_name} has one usable row: it cannot be trained and tested on.")
+        parts = train.train_test_split(test_size=count, seed=seed)
+        train, test = parts["train"], parts["test"]
+    else:
+        name = recipe.dataset_test_name or recipe.dataset_name
+        split = recipe.dataset_test_split or ("test" if has_splits(name) else "train")
+        test, report = load_preferences(name, recipe.dataset_format, split, config=recipe.dataset_config)
+        show(report)
+    if recipe.deduplicate:
+        train, report = deduplicate(train, test)
+        show(report)
+        if not len(train):
+            raise ValueError("every training row is in the test set too: name other --dataset_test_name rows.")
+    return train, test
+
+
+# ---------------------------------------------------------------------- the embedded world
+
+
+def toy_world(recipe: WorldArguments, training: Any) -> Any:
+    """The embedded world of a run: built under its output folder, or loaded from there."""
+    from trl_ext.toy import build_world
+
+    seed = training.seed if recipe.world_seed is None else recipe.world_seed
+    return build_world(Path(training.output_dir) / "world", seed, scale=recipe.world_scale)
+
+
+def toy_preferences(recipe: WorldArguments, training: Any) -> tuple[Any, Dataset, Dataset]:
+    """The embedded world, its noisy training pairs, and test pairs that the gold reward has labelled."""
+    import random
+
+    from trl_ext.toy.task import preference_pairs
+
+    world = toy_world(recipe, training)
+    seed = training.seed if recipe.world_seed is None else recipe.world_seed
+    count = max(64, round(TOY_PAIRS * min(1.0, recipe.world_scale)))
+    train = Dataset.from_list(preference_pairs(count, random.Random(f"preferences-{seed}")))
+    test = preference_pairs(TOY_TEST_PAIRS, random.Random(f"test-{seed}"), temperature=0, split="eval")
+    return world, train, Dataset.from_list(test)

@@ -1,0 +1,100 @@
+"""Bases, adapters and tokenizers by the flags of TRL's `ModelConfig`."""
+
+import copy
+from typing import Any
+
+import torch
+from trl import get_peft_config, get_quantization_config
+
+from trl_ext.ops.precision import best_dtype
+from trl_ext.roles import RewardModel, SharedBaseModel, load_base
+from trl_ext.scripts.arguments import LORA
+from trl_ext.scripts.parsing import Given
+from trl_ext.text import load_tokenizer
+
+
+def quantization_of(model_args: Any, training: Any = None) -> Any:
+    """`BitsAndBytesConfig` of the flags `--load_in_4bit`, `--use_bnb_nested_quant`, ...; None without them.
+
+    A 4-bit base computes in `--dtype`; without one, or with "auto", in what the run does (`bf16`, `fp16` or float32),
+    or, where no `training` is given, in what the card does best.
+    """
+    if model_args.dtype in (None, "auto"):
+        dtype = best_dtype()
+        if training is not None:
+            dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+        model_args = copy.copy(model_args)
+        model_args.dtype = dtype
+    return get_quantization_config(model_args)
+
+
+def base_options(model_args: Any, training: Any = None) -> dict[str, Any]:
+    """How a base is loaded, without its quantisation: dtype, revision, attention, and `model_init_kwargs` over them."""
+    options = {
+        "dtype": model_args.dtype or "auto",
+        "revision": model_args.model_revision,
+        "trust_remote_code": getattr(training, "trust_remote_code", False),
+    }
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    return options | (getattr(training, "model_init_kwargs", None) or {})
+
+
+def config_options(model_args: Any, training: Any = None) -> dict[str, Any]:
+    """The part of `base_options` that configurations and tokenizers take."""
+    options = base_options(model_args, training)
+    return {name: options[name] for name in ("revision", "trust_remote_code")}
+
+
+def tokenizer_of(model_args: Any, training: Any = None, **options: Any) -> Any:
+    """The tokenizer of the model that the flags name."""
+    return load_tokenizer(model_args.model_name_or_path, **config_options(model_args, training), **options)
+
+
+def fresh_adapter(given: Given, model_args: Any, task: str = "CAUSAL_LM") -> Any:
+    """LoRA configuration of the flags; None where there are none, for the project's own.
+
+    Any flag of LoRA counts as `--use_peft`: the policy is an adapter in every case.
+    """
+    if not model_args.use_peft and not any(name in given for name in LORA):
+        return None
+    model_args = copy.copy(model_args)
+    model_args.use_peft, model_args.lora_task_type = True, task
+    model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
+    return get_peft_config(model_args)
+
+
+def load_policy(given: Given, recipe: Any, model_args: Any, training: Any = None, **more: Any) -> SharedBaseModel:
+    """The base that the flags name, in 4 bits if they say so, with policy and reward adapters.
+
+    Args:
+        given: What was set.
+        recipe: With `policy_adapter` and `reward_adapter`.
+        model_args: `ModelConfig`.
+        training: Of the run, if there is one: precision, `model_init_kwargs`.
+        more: Further options of `SharedBaseModel.from_pretrained`.
+    """
+    return SharedBaseModel.from_pretrained(
+        model_args.model_name_or_path,
+        policy_adapter=recipe.policy_adapter,
+        reward_adapter=recipe.reward_adapter or None,
+        peft_config=None if recipe.policy_adapter else fresh_adapter(given, model_args),
+        quantization_config=quantization_of(model_args, training),
+        **base_options(model_args, training),
+        **more,
+    )
+
+
+def load_causal_base(model_args: Any, training: Any) -> Any:
+    """The base that the flags name, in 4 bits if they say so, without any adapter."""
+    options = base_options(model_args, training)
+    return load_base(
+        model_args.model_name_or_path, quantization_config=quantization_of(model_args, training), **options
+    )
+
+
+def fresh_reward_model(base: Any, model_args: Any) -> RewardModel:
+    """A `RewardModel` on a base, its adapter by the LoRA flags, whether set or TRL's defaults."""
+    model_args = copy.copy(model_args)
+    model_args.use_peft = True
+    return RewardModel(base, fresh_adapter(Given(), model_args, task="SEQ_CLS"))

@@ -1,0 +1,247 @@
+"""PPO-Max: policy, reference, reward and critic on one frozen base.
+
+    accelerate launch recipes/ppo_max.py
+
+needs nothing: it builds a small world with a known gold reward (a tiny model, an SFT adapter, a reward adapter learned
+from noisy preferences) and trains in it, on a CPU, in minutes. With a model and a dataset it is a real run:
+
+    accelerate launch recipes/ppo_max.py --config recipes/configs/qlora_8b.yaml --output_dir out \\
+        --model_name_or_path meta-llama/Llama-3.1-8B --policy_adapter me/llama-sft --reward_adapter me/llama-rm \\
+        --dataset_name me/prompts
+
+Every option of PPOMaxConfig and of TRL's ModelConfig is a flag (`--help`); `--config x.yaml` sets defaults for them.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from trl import ModelConfig
+
+from trl_ext import PPOMaxConfig
+from trl_ext.data import load_split
+from trl_ext.scripts.arguments import (
+    LORA,
+    PPOArguments,
+    PromptArguments,
+    check_model_flags,
+    check_prompt_flags,
+    check_world_flags,
+    names_of,
+)
+from trl_ext.scripts.inputs import first_prompts, load_prompts, load_reward_functions, toy_world
+from trl_ext.scripts.models import config_options, load_policy, quantization_of, tokenizer_of
+from trl_ext.scripts.parsing import CONFIGS, FlagParser, Given, names_a_model
+from trl_ext.scripts.running import (
+    SeededEvaluation,
+    first_evaluation,
+    printer,
+    quiet_libraries,
+    show_progress,
+    start_run,
+    write_json,
+)
+from trl_ext.scripts.tables import before_and_after, plot_run, print_pairs, print_table
+
+SAMPLES = 3
+
+
+def parse(arguments: list[str]) -> tuple[PPOArguments, PPOMaxConfig, ModelConfig, Given]:
+    """Flags over config file over defaults; without a model and without a config, the embedded world's config.
+
+    Raises:
+        ValueError: A flag that there is not, or that this run cannot honour.
+    """
+    parser = FlagParser((PPOArguments, PPOMaxConfig, ModelConfig), __doc__)
+    default = None if names_a_model(arguments) else CONFIGS / "toy.yaml"
+    recipe, training, model_args, given = parser.parse(arguments, default)
+    check_flags(recipe, training, model_args, given)
+    return recipe, training, model_args, given
+
+
+def check_flags(recipe: PPOArguments, training: PPOMaxConfig, model_args: ModelConfig, given: Given) -> None:
+    """Check that every flag has an effect.
+
+    Raises:
+        ValueError: One that would be dropped, by name.
+    """
+    in_world = model_args.model_name_or_path is None
+    brought = set(names_of(PromptArguments)) - {"eval_prompts"}
+    brought |= {"critic_adapter", "ptx_dataset_name", "auto_batch", "gpu", "use_peft", *LORA}
+    check_world_flags(given, in_world, *sorted(brought))
+    if in_world:
+        return
+    check_prompt_flags(given, recipe)
+    check_model_flags(given, model_args, recipe.policy_adapter)
+    if not recipe.auto_batch:
+        given.refuse(["gpu"], "only --auto_batch fits a run to a card. Set it too, or drop this.")
+    if training.ptx_coef > 0 and recipe.ptx_dataset_name is None:
+        raise ValueError(f"--ptx_coef {training.ptx_coef} needs texts: give --ptx_dataset_name.")
+    if training.ptx_coef == 0:
+        given.refuse(["ptx_dataset_name"], "texts are used with --ptx_coef above 0. Set it too, or drop this.")
+
+
+def toy_inputs(recipe: PPOArguments, training: PPOMaxConfig) -> dict[str, Any]:
+    """The embedded world: four roles, and the gold reward watched with weight 0."""
+    from trl_ext import SharedBaseModel
+    from trl_ext.toy import gold_reward
+
+    world = toy_world(recipe, training)
+    training.reward_weights = training.reward_weights or [0.0]
+    return {
+        "model": SharedBaseModel.from_pretrained(
+            str(world.base),
+            policy_adapter=world.policy_adapter,
+            reward_adapter=world.reward_adapter,
+            dtype="float32",
+            adapter_dtype=recipe.adapter_dtype,
+        ),
+        "reward_funcs": [gold_reward],
+        "train_dataset": world.train_prompts,
+        "eval_dataset": first_prompts(world.eval_prompts, recipe.eval_prompts),
+        "ptx_dataset": world.pretrain_texts if training.ptx_coef > 0 else None,
+    }
+
+
+def real_inputs(
+    recipe: PPOArguments, training: PPOMaxConfig, model_args: ModelConfig, given: Given
+) -> tuple[dict[str, Any], Any]:
+    """A model by name, adapters, prompts, and reward functions; and the memory plan, if there is one.
+
+    Everything that can be wrong with the data is found before the base is loaded.
+
+    Raises:
+        ValueError: No dataset, nothing that scores, or data that cannot be trained on.
+    """
+    from trl_ext.ppo.checks import check_inputs, reward_list
+    from trl_ext.roles import load_base_config, max_positions
+    from trl_ext.scripts.plan_memory import plan_of_run
+
+    functions = load_reward_functions(recipe.reward_funcs)
+    reward_list(functions, training.reward_weights, bool(recipe.reward_adapter))
+    train, test = load_prompts(recipe)
+    test = first_prompts(test, recipe.eval_prompts)
+    ptx = load_split(recipe.ptx_dataset_name) if recipe.ptx_dataset_name is not None else None
+    config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
+    tokenizer = tokenizer_of(model_args, training, truncation_side="left", padding_side="left")
+    check_inputs(training, tokenizer, max_positions(config), train, test, ptx)
+    training.choose_optim(quantised=quantization_of(model_args, training) is not None)  # the plan counts its states
+    plan = None
+    if recipe.auto_batch or training.device.type == "cuda":  # before the weights are loaded
+        plan = plan_of_run(recipe, training, model_args, given, train)
+    more = {"critic_adapter": recipe.critic_adapter, "adapter_dtype": recipe.adapter_dtype}
+    inputs = {
+        "model": load_policy(given, recipe, model_args, training, **more),
+        "reward_funcs": functions,
+        "train_dataset": train,
+        "eval_dataset": test,
+        "ptx_dataset": ptx,
+        "processing_class": tokenizer,
+    }
+    return inputs, plan
+
+
+def sample_completions(trainer: Any, prompts: list[Any]) -> tuple[list[str], list[str]]:
+    """One completion of each prompt by the policy's start, which is the reference, and one by the policy.
+
+    Both draw the same random numbers, and the trainer's metrics know nothing of them.
+    """
+    from trl_ext import Role
+    from trl_ext.generation.seeded import generate_responses, prompt_generator
+    from trl_ext.text import TextEncoder, end_token_ids
+
+    args, model, tokenizer = trainer.args, trainer.model, trainer.processing_class
+    ends = end_token_ids(tokenizer, model.generation_config)
+    encoder = TextEncoder(tokenizer, ends, args.chat_template_kwargs)
+    written = []
+    for role in (Role.REFERENCE, Role.POLICY):
+        groups = generate_responses(
+            model,
+            [encoder.prompt_ids(prompt) for prompt in prompts],
+            [prompt_generator(args.seed, i) for i in range(len(prompts))],
+            1,
+            args.max_completion_length,
+            eos_token_ids=encoder.end_ids,
+            pad_token_id=encoder.pad_id,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            role=role,
+        )
+        ids = [group[0] for group in groups]
+        written.append([text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)])
+    return written[0], written[1]
+
+
+def metric_labels(gold: bool) -> list[tuple[str, str, str]]:
+    """(label, key, key of the standard deviation) of the table before / after."""
+    reward = "proxy reward (what PPO sees)" if gold else "reward (what PPO sees)"
+    rows = [("gold reward", "eval_rewards/gold_reward/mean", "eval_rewards/gold_reward/std")] if gold else []
+    return [
+        *rows,
+        (reward, "eval_reward", "eval_reward_std"),
+        ("KL from the reference, nats a completion", "eval_kl", ""),
+        ("perplexity of completions under the reference", "eval_perplexity_reference", ""),
+        ("perplexity under the policy itself", "eval_perplexity", ""),
+        ("completion length, tokens", "eval_completions/mean_length", ""),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, compare before and after, and say where everything is."""
+    quiet_libraries()
+    recipe, training, model_args, given = parse(sys.argv[1:] if arguments is None else arguments)
+    from trl_ext import PPOMaxTrainer
+    from trl_ext.ppo.out_of_memory import explained_out_of_memory
+    from trl_ext.scripts.plan_memory import PredictedPeak
+
+    class Trainer(SeededEvaluation, PPOMaxTrainer):
+        """PPO-Max, evaluated with a seed."""
+
+    resume, show = start_run(training), printer()
+    toy, plan = model_args.model_name_or_path is None, None
+    if toy:
+        inputs = toy_inputs(recipe, training)
+    else:
+        inputs, plan = real_inputs(recipe, training, model_args, given)
+    # A run that goes on has its first evaluation in the checkpoint's log
+    training.eval_on_start = resume is None and (training.eval_on_start or "eval_on_start" not in given)
+    trainer = Trainer(args=training, **inputs)
+    shown = {"reward": "reward", "rewards/gold_reward/mean": "gold", "kl": "kl", "beta": "beta"}
+    show_progress(trainer, shown | {"explained_variance": "critic"})
+    if plan is not None:
+        trainer.add_callback(PredictedPeak(trainer, plan))
+
+    if training.eval_on_start:
+        show("Evaluating the policy before training ...", flush=True)
+    with explained_out_of_memory(trainer, plan):
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        show("Evaluating the policy after training ...", flush=True)
+        after = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        report(trainer, inputs["eval_dataset"], after, toy)
+    if training.push_to_hub:
+        trainer.push_to_hub()
+
+
+def report(trainer: Any, prompts: Any, after: dict[str, float], toy: bool) -> None:
+    """Write figures and curves, then show them and say where everything is."""
+    folder = Path(trainer.args.output_dir).resolve()
+    history = trainer.state.log_history
+    before = first_evaluation(history, "eval_reward")
+    write_json(folder / "before_after.json", {"before": before, "after": after})
+    panels = {
+        "reward": {"reward": "proxy" if toy else "reward", "rewards/gold_reward/mean": "gold"},
+        "KL per completion": {"kl": "kl"},
+        "critic": {"explained_variance": "explained variance"},
+    }
+    plot_run(history, panels, folder / "training.png")
+    shown = prompts[:SAMPLES]["prompt"]
+    samples = sample_completions(trainer, shown)
+    rows = before_and_after(metric_labels(toy), before, after)
+    print_table("Before and after PPO-Max", ("", "before", "after"), rows)
+    print_pairs(shown, *samples, "completion")
+    print(f"policy adapter   {folder}\ncritic adapter   {folder / 'critic'}")
+    print(f"reward adapter   {folder / 'reward'}" if (folder / "reward").is_dir() else "", end="\n")
+    print(f"curves           {folder / 'training.png'}")
+    print(f'load it with     AutoPeftModelForCausalLM.from_pretrained("{folder}")')

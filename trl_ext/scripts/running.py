@@ -1,0 +1,133 @@
+"""What recipes do around a training: checks at the start, the progress bar, resuming, evaluation with a seed."""
+
+import contextlib
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from transformers import PrinterCallback, ProgressCallback
+
+from trl_ext.checkpoints import checkpoints_of
+
+TRUE = ("true", "1", "yes")
+
+
+def quiet_libraries() -> None:
+    """Hide two messages about libraries below us that a user can do nothing about."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def printer() -> Callable[..., None]:
+    """`print` in the main process, nothing in the others."""
+    return print if PartialState().is_main_process else (lambda *_, **__: None)
+
+
+def start_run(training: Any) -> str | bool | None:
+    """What comes before anything is loaded: the output folder, the seed, the checkpoint to go on from.
+
+    Args:
+        training: `TrainingArguments`; `resume_from_checkpoint` may be "true", for the last one in `output_dir`.
+
+    Returns:
+        As `checkpoint_to_resume`.
+
+    Raises:
+        ValueError: An output folder that cannot be written, or no such checkpoint.
+    """
+    check_output_dir(training.output_dir)
+    set_seed(training.seed)  # fresh adapters come from it, the same on every process
+    return checkpoint_to_resume(training)
+
+
+def check_output_dir(folder: str | Path, flag: str = "--output_dir") -> None:
+    """Write a file to the output folder and remove it: a run must not find out at its end that it cannot save.
+
+    Raises:
+        ValueError: The folder cannot be made or written; names the flag and the folder.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-") as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        raise ValueError(f"{flag} {folder} cannot be written: {error}. Name another folder.") from error
+
+
+def checkpoint_to_resume(training: Any) -> str | bool | None:
+    """What `--resume_from_checkpoint` means: a folder, True for the newest whole one, None without the flag.
+
+    Raises:
+        ValueError: There is no such checkpoint.
+    """
+    wanted = training.resume_from_checkpoint
+    if not wanted or str(wanted).lower() in ("false", "0", "no"):
+        return None
+    if str(wanted).lower() not in TRUE:
+        if not Path(wanted).is_dir():
+            raise ValueError(f"--resume_from_checkpoint {wanted}: there is no such folder.")
+        return str(wanted)
+    if not checkpoints_of(training.output_dir):
+        raise ValueError(
+            f"--resume_from_checkpoint {wanted}: there is no checkpoint in {training.output_dir} to go on from. Drop "
+            "the flag to start anew."
+        )
+    return True  # the trainer knows which files a whole one has
+
+
+class ProgressWithMetrics(ProgressCallback):
+    """Transformers' progress bar, with the metrics that matter beside it instead of every metric below it."""
+
+    def __init__(self, shown: dict[str, str]):
+        super().__init__()
+        self.shown = shown
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        bar: Any = self.training_bar
+        if bar is not None and logs:
+            values = {label: f"{logs[key]:.3g}" for key, label in self.shown.items() if logs.get(key) is not None}
+            if values:
+                bar.set_postfix(values)
+
+
+def show_progress(trainer: Any, shown: dict[str, str]) -> None:
+    """Replace a trainer's bar and printed logs by one bar with these metrics, logged name -> label."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(ProgressWithMetrics(shown))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """PyTorch's random numbers from a seed of their own; on leaving they go on as if nothing had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+class SeededEvaluation:
+    """Makes every evaluation of a trainer draw the same random numbers: before and after differ by the policy alone."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = self
+        with seeded(trainer.args.seed + trainer.args.process_index):
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+
+def first_evaluation(history: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """The logged evaluation of step 0 that has `key`; empty where there is none."""
+    return next((entry for entry in history if key in entry and entry.get("step") == 0), {})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A result in a file, readable by people too."""
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
