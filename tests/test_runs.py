@@ -12,6 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from tests.ppo import tiny
+from tests.reward import runs as runs_of_rewards
+from tests.rrhf import ranked
 from trl_ext import runs
 from trl_ext.runs import (
     RunGuard,
@@ -239,3 +242,70 @@ def test_a_model_prepared_for_evaluation_is_given_back_as_it_was():
     assert accelerator._models == []
     release(made, accelerator)
     assert made(x).dtype == torch.float32
+
+
+# ---------------------------------------------------------------------- in every trainer
+
+
+def reward_model(world, folder, **options):
+    return runs_of_rewards.trainer(
+        world / "base", folder, dataset=runs_of_rewards.pairs(16), eval_dataset=runs_of_rewards.pairs(4), **options
+    )
+
+
+def rrhf(world, folder, **options):
+    return ranked.trainer(world, folder, dataset=ranked.ranked(16), eval_dataset=ranked.ranked(4), **options)
+
+
+def ppo(world, folder, **options):
+    return tiny.trainer(world, folder, dataset=tiny.prompts(16), eval_dataset=tiny.prompts(4), **options)
+
+
+EVERY = pytest.mark.parametrize("make", [ppo, rrhf, reward_model])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny.build(tmp_path_factory.mktemp("world"))
+
+
+def trained_weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@EVERY
+def test_resuming_a_finished_run_takes_no_further_step(world, tmp_path, make):
+    # Step 3 is in the middle of an epoch of 4
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    first = make(world, tmp_path, **options)
+    first.train()
+    again = make(world, tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert tiny.same(trained_weights(first), trained_weights(again))
+
+
+@EVERY
+def test_an_evaluation_before_training_changes_nothing_but_random_numbers(world, tmp_path, make, monkeypatch):
+    monkeypatch.setattr(runs, "get_reporting_integration_callbacks", lambda names: [Tracker])
+    tracker = Tracker()
+    trainer = make(world, tmp_path, bf16=True, max_steps=1, callbacks=[tracker])
+    forward = trainer.model.forward.__func__
+    trainer.evaluate()
+    assert trainer.model.forward.__func__ is forward
+    assert not hasattr(trainer.model, "_is_accelerate_prepared")
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert set(tracker.logged) == {"the run's"}
+
+
+@EVERY
+def test_broken_weights_end_the_run_before_its_checkpoint(world, tmp_path, make):
+    class Break(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = math.nan
+
+    trainer = make(world, tmp_path, save_strategy="steps", save_steps=1, max_steps=1, callbacks=[Break()])
+    with pytest.raises(RuntimeError, match=r"after step 1 1 trained weights .* are not finite"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-1").exists()

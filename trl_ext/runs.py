@@ -244,7 +244,16 @@ class RunGuard(TrainerCallback):
         check_synchronised(self.wrapped(), self.accelerator)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the trackers up before the first figure of an evaluation that no training surrounds."""
+        self.start_tracking(args, state, control, **kwargs)
+
+    def start_tracking(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the trackers up for what happens outside training; in training they are, and nothing happens.
+
+        A trainer that logs before the first step of an evaluation is over, as TRL's does about generation, calls it.
+
+        Args:
+            args, state, control, kwargs: Those of any event.
+        """
         if self.tracking:
             return
         self.tracking = True

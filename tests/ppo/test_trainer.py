@@ -342,8 +342,12 @@ def test_an_evaluation_before_training_is_logged_where_training_is(world, tmp_pa
     monkeypatch.setattr(runs, "get_reporting_integration_callbacks", lambda names: [Tracker])
     tracker = Tracker()
     trainer = tiny.trainer(world, tmp_path, eval_dataset=tiny.prompts(4), callbacks=[tracker], max_steps=1)
+    generated, generate = [], trainer._generate
+    trainer._generate = lambda prompts: generated.append(tracker.place) or generate(prompts)
+    trainer.complete(tiny.prompts(1)["prompt"])
     trainer.evaluate()
     trainer.train()
+    assert set(generated) == {str(tmp_path)}, "TRL logs to a tracker while it generates"
     assert "eval_loss" in tracker.logged[0][1]
     assert {place for place, _ in tracker.logged} == {str(tmp_path)}
 

@@ -157,7 +157,8 @@ class PPOMaxTrainer(RLOOTrainer):
                 own_schedule=optimizers[1] is None,
             )
         )
-        self.add_callback(RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks))
+        self.guard = RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks)
+        self.add_callback(self.guard)
         model.model_card = self._card
 
     def train(
@@ -186,7 +187,7 @@ class PPOMaxTrainer(RLOOTrainer):
             args,
             state,
             self.encoder,
-            generate=lambda prompts: complete(self._generate, self.model, args, prompts),
+            generate=self._complete,
             reward=lambda *scored: self._function_rewards(inputs, *scored),
             reduce=self._sum,
             device=device,
@@ -295,7 +296,7 @@ class PPOMaxTrainer(RLOOTrainer):
         kept = {name: list(values) for name, values in metrics.items()}
         self.model.eval()
         try:
-            return complete(self._generate, self.model, self.args, list(prompts))
+            return self._complete(list(prompts))
         finally:
             self.model.train(training)
             metrics.clear()
@@ -345,6 +346,10 @@ class PPOMaxTrainer(RLOOTrainer):
         gathered = self._calculate_rewards(inputs, prompts, completions, completion_ids)
         start = self.accelerator.process_index * len(prompts)
         return gathered[start : start + len(prompts)]
+
+    def _complete(self, prompts: list[Any]) -> Completions:
+        self.guard.start_tracking(self.args, self.state, self.control, model=self.model)  # TRL logs how long it takes
+        return complete(self._generate, self.model, self.args, prompts)
 
     def _restart(self, micro_batches: int) -> None:
         """Begin with a fresh rollout, so many micro-batches into the run."""
