@@ -14,6 +14,7 @@ from trl_ext import Role
 from trl_ext.ppo import trainer as trainer_module
 from trl_ext.roles import shared_model
 from trl_ext.scoring import checked_reward
+from trl_ext.text import TextEncoder
 
 NAN, INF = float("nan"), float("inf")
 
@@ -99,6 +100,16 @@ def test_every_prompt_is_measured_not_only_the_longest_texts(world, tmp_path, no
     options = {"model": str(world / "base"), "reward_funcs": tiny.count_words, "dataset": rows(*texts)}
     with pytest.raises(ValueError, match=r"train_dataset row 7: a prompt of 60 tokens .*as do 1 of 20 rows"):
         tiny.trainer(world, tmp_path, **options)
+
+
+def test_prompts_are_measured_once_however_often_they_are_checked(world, tmp_path, monkeypatch):
+    measured, lengths = [], TextEncoder.prompt_lengths
+    count = lambda self, prompts, desc=None: measured.append(len(prompts)) or lengths(self, prompts, desc)  # noqa: E731
+    monkeypatch.setattr(TextEncoder, "prompt_lengths", count)
+    dataset = rows(*(f"w{i % 12} w0 w1 w2 w3 w{i % 7}" for i in range(9)))
+    for _ in range(2):
+        tiny.trainer(world, tmp_path, dataset=dataset)
+    assert measured == [9]
 
 
 def test_what_the_template_writes_behind_the_end_needs_room_where_it_is_scored(world, tmp_path):

@@ -103,7 +103,7 @@ def check_lengths(
     if not isinstance(dataset, Dataset):
         return
     prompts = dataset["prompt"]
-    lengths = encoder.prompt_lengths(prompts, f"measuring the prompts of {name}" if progress else None)
+    lengths = prompt_lengths(dataset, encoder, f"measuring the prompts of {name}" if progress else None)
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     added = encoder.added_length(prompts[longest]) if scored else 0
     room = positions - max_completion_length - added
@@ -115,6 +115,19 @@ def check_lengths(
             f"{max_completion_length} exceed the model's {positions} positions, as do {too_long} of {len(lengths)} "
             f"rows. Lower max_completion_length to at most {left}, or drop prompts of more than {room} tokens."
         )
+
+
+_MEASURED: dict[tuple[Any, ...], list[int]] = {}  # of this process, so that a recipe and its trainer measure once
+
+
+def prompt_lengths(dataset: Dataset, encoder: TextEncoder, desc: str | None) -> list[int]:
+    """Number of tokens of every prompt of a dataset, measured at most once."""
+    tokenizer = encoder.tokenizer
+    kind = tokenizer.name_or_path, len(tokenizer), tokenizer.chat_template, str(encoder.chat_template_kwargs)
+    key = dataset._fingerprint, tokenizer.bos_token_id, tokenizer.eos_token_id, *kind
+    if key not in _MEASURED:
+        _MEASURED[key] = encoder.prompt_lengths(dataset["prompt"], desc)
+    return _MEASURED[key]
 
 
 class PTXBatches:

@@ -329,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe, training, model_args, given = parse(sys.argv[1:] if arguments is None else arguments)
     from accelerate.utils import set_seed
 
-    from trl_ext.ppo.checks import check_inputs
+    from trl_ext.ppo.data import check_inputs
     from trl_ext.roles import load_base_config, max_positions
     from trl_ext.text import TextEncoder, end_token_ids
 
@@ -342,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
     plain = TextEncoder(tokenizer, None, options)
     prompts = [prompts_of(rows, plain, recipe.max_prompt_length) for rows in (train, test)]
     config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
-    check_inputs(training, tokenizer, max_positions(config), prompts[0], prompts[1], None)
+    check_inputs(training, plain, max_positions(config), prompts[0], prompts[1], None, scored=True, progress=True)
     training.choose_optim(quantised=model_args.load_in_4bit or model_args.load_in_8bit)
     base = load_causal_base(model_args, training)
     train_rewards(recipe, training, model_args, base, (tokenizer, train, test))

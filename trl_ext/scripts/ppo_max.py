@@ -113,18 +113,24 @@ def real_inputs(
     Raises:
         ValueError: No dataset, nothing that scores, or data that cannot be trained on.
     """
-    from trl_ext.ppo.checks import check_inputs, reward_list
+    from trl_ext.ppo.data import check_inputs
     from trl_ext.roles import load_base_config, max_positions
+    from trl_ext.scoring import RewardSources
     from trl_ext.scripts.plan_memory import plan_of_run
+    from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
 
     functions = load_reward_functions(recipe.reward_funcs)
-    reward_list(functions, training.reward_weights, bool(recipe.reward_adapter))
+    scored = bool(recipe.reward_adapter)
+    RewardSources(functions, training.reward_weights, has_reward_role=scored)
     train, test = load_prompts(recipe)
     test = first_prompts(test, recipe.eval_prompts)
     ptx = load_split(recipe.ptx_dataset_name) if recipe.ptx_dataset_name is not None else None
-    config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
+    name, config_of = str(model_args.model_name_or_path), config_options(model_args, training)
     tokenizer = tokenizer_of(model_args, training, truncation_side="left", padding_side="left")
-    check_inputs(training, tokenizer, max_positions(config), train, test, ptx)
+    ends, options = end_token_ids(tokenizer, load_generation_config(name, **config_of)), training.chat_template_kwargs
+    encoder = TextEncoder(tokenizer, ends, options)  # type: ignore[arg-type]  # a dict by now
+    positions = max_positions(load_base_config(name, **config_of))
+    check_inputs(training, encoder, positions, train, test, ptx, scored=scored, progress=True)
     training.choose_optim(quantised=quantization_of(model_args, training) is not None)  # the plan counts its states
     plan = None
     if recipe.auto_batch or training.device.type == "cuda":  # before the weights are loaded
@@ -191,7 +197,6 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_libraries()
     recipe, training, model_args, given = parse(sys.argv[1:] if arguments is None else arguments)
     from trl_ext import PPOMaxTrainer
-    from trl_ext.ppo.out_of_memory import explained_out_of_memory
     from trl_ext.scripts.plan_memory import PredictedPeak
 
     class Trainer(SeededEvaluation, PPOMaxTrainer):
@@ -213,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if training.eval_on_start:
         show("Evaluating the policy before training ...", flush=True)
-    with explained_out_of_memory(trainer, plan):
+    with trainer.explained_out_of_memory(plan):
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
         show("Evaluating the policy after training ...", flush=True)
