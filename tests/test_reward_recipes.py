@@ -112,6 +112,29 @@ def test_real_data_adapters_are_evaluated_alone_and_together(reward_run, chat_ba
     assert (tmp_path / "evaluation" / "calibration.png").stat().st_size > 5000
 
 
+def test_where_a_reward_model_is_trained_and_where_it_is_evaluated_the_figures_are_the_same(
+    chat_base, preferences, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in preferences.read_text().splitlines()]
+    for name, part in (("train", rows[:16]), ("test", rows[16:32])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    result = launch(
+        "reward_model.py",
+        *[f"--output_dir={tmp_path / 'rm'}", f"--model_name_or_path={chat_base}", f"--dataset_name={tmp_path}"],
+        *["--max_steps=4", "--use_cpu", "--gradient_checkpointing=false", "--report_to=none", "--bf16=false"],
+        *["--per_device_train_batch_size=8", "--learning_rate=1e-2", "--dataset_test_split=test"],
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    evaluation = ["--reward_adapter", str(tmp_path / "rm"), f"--output_dir={tmp_path / 'evaluation'}"]
+    result = launch("evaluate_reward.py", *evaluation, f"--dataset_name={tmp_path / 'test.jsonl'}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    trained = json.loads((tmp_path / "rm" / "evaluation.json").read_text())
+    evaluated = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())[str(tmp_path / "rm")]
+    names = [name for name, value in trained.items() if isinstance(value, float) and value == value]
+    assert "expected_calibration_error" in names
+    assert {name: trained[name] for name in names} == {n: pytest.approx(evaluated[n], abs=1e-4) for n in names}
+
+
 def test_the_whole_pipeline(chat_base, preferences, tmp_path: Path) -> None:
     (tmp_path / "reward.yaml").write_text(
         "use_cpu: true\ngradient_checkpointing: false\nreport_to: none\nsave_strategy: 'no'\nmax_steps: 2\n"

@@ -72,7 +72,8 @@ def broken_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_results_are_written_before_anything_is_shown(broken_tables, tmp_path: Path) -> None:
     trainer = SimpleNamespace(
-        args=SimpleNamespace(output_dir=str(tmp_path)), state=SimpleNamespace(log_history=[{"step": 1, "reward": 1.0}])
+        args=SimpleNamespace(output_dir=str(tmp_path)),
+        state=SimpleNamespace(log_history=[{"step": 1, "reward": 1.0, "kl": 0.5, "explained_variance": 0.0}]),
     )
     scores = {name: torch.arange(4.0) for name in ("chosen", "rejected", "chosen_lengths", "rejected_lengths")}
     reports = {

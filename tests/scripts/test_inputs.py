@@ -89,7 +89,7 @@ def test_rows_that_are_no_prompts_are_named_before_any_model_is_looked_for(
     [
         ("--dataset_test_split=test", "no split 'test'"),
         ("--eval_prompts=0", "--eval_prompts 0"),
-        ("--reward_weights 1 2", "reward_weights has 2 numbers"),
+        ("--reward_weights 1 2", "--reward_weights has 2 numbers"),
     ],
 )
 def test_flags_about_the_data_are_checked_before_any_model_is_looked_for(

@@ -67,6 +67,7 @@ def score_all(recipe: EvaluationArguments, model_args: ModelConfig) -> tuple[lis
     from trl_ext.reward.data import tokenize_preferences
     from trl_ext.reward.scoring import make_collator, score_rows
     from trl_ext.roles import RewardModel, read_adapter
+    from trl_ext.text import TextEncoder
 
     assert recipe.dataset_name is not None
     split = recipe.dataset_test_split or ("test" if has_splits(recipe.dataset_name) else "train")
@@ -76,7 +77,7 @@ def score_all(recipe: EvaluationArguments, model_args: ModelConfig) -> tuple[lis
     model_args.model_name_or_path = model_args.model_name_or_path or adapters[0].config.base_model_name_or_path
     tokenizer = tokenizer_of(model_args, recipe)
     settings = RewardModelConfig(recipe.output_dir, max_length=recipe.max_length, use_cpu=True, bf16=False)
-    rows, report = tokenize_preferences(dataset, tokenizer, settings, "dataset")
+    rows, report = tokenize_preferences(dataset, TextEncoder(tokenizer), settings, "dataset")
     print(report)
     base = load_causal_base(model_args, recipe)
     if torch.cuda.is_available() and not getattr(base, "is_quantized", False):

@@ -46,9 +46,16 @@ def load_reward_function(spec: str) -> str | Callable[..., Any]:
     return function
 
 
-def load_reward_functions(specs: list[str] | None) -> list[Any]:
-    """`load_reward_function` of each."""
-    return [load_reward_function(spec) for spec in specs or []]
+def load_reward_functions(specs: list[str] | None, weights: list[float] | None = None) -> list[Any]:
+    """`load_reward_function` of each.
+
+    Raises:
+        ValueError: See there; or not one weight for each.
+    """
+    functions = [load_reward_function(spec) for spec in specs or []]
+    if weights is not None and len(weights) != len(functions):
+        raise ValueError(f"--reward_weights has {len(weights)} numbers for {len(functions)} --reward_funcs.")
+    return functions
 
 
 def _module(path: Path) -> Any:

@@ -342,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
     plain = TextEncoder(tokenizer, None, options)
     prompts = [prompts_of(rows, plain, recipe.max_prompt_length) for rows in (train, test)]
     config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
-    check_inputs(training, plain, max_positions(config), prompts[0], prompts[1], None, scored=True, progress=True)
+    check_inputs(training, plain, max_positions(config), prompts[0], prompts[1], None, scored=True)
     training.choose_optim(quantised=model_args.load_in_4bit or model_args.load_in_8bit)
     base = load_causal_base(model_args, training)
     train_rewards(recipe, training, model_args, base, (tokenizer, train, test))

@@ -115,22 +115,18 @@ def real_inputs(
     """
     from trl_ext.ppo.data import check_inputs
     from trl_ext.roles import load_base_config, max_positions
-    from trl_ext.scoring import RewardSources
     from trl_ext.scripts.plan_memory import plan_of_run
-    from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
+    from trl_ext.text import TextEncoder
 
-    functions = load_reward_functions(recipe.reward_funcs)
-    scored = bool(recipe.reward_adapter)
-    RewardSources(functions, training.reward_weights, has_reward_role=scored)
+    functions = load_reward_functions(recipe.reward_funcs, training.reward_weights)
     train, test = load_prompts(recipe)
     test = first_prompts(test, recipe.eval_prompts)
     ptx = load_split(recipe.ptx_dataset_name) if recipe.ptx_dataset_name is not None else None
-    name, config_of = str(model_args.model_name_or_path), config_options(model_args, training)
+    config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
     tokenizer = tokenizer_of(model_args, training, truncation_side="left", padding_side="left")
-    ends, options = end_token_ids(tokenizer, load_generation_config(name, **config_of)), training.chat_template_kwargs
-    encoder = TextEncoder(tokenizer, ends, options)  # type: ignore[arg-type]  # a dict by now
-    positions = max_positions(load_base_config(name, **config_of))
-    check_inputs(training, encoder, positions, train, test, ptx, scored=scored, progress=True)
+    options: Any = training.chat_template_kwargs
+    encoder = TextEncoder(tokenizer, None, options)
+    check_inputs(training, encoder, max_positions(config), train, test, ptx, scored=bool(recipe.reward_adapter))
     training.choose_optim(quantised=quantization_of(model_args, training) is not None)  # the plan counts its states
     plan = None
     if recipe.auto_batch or training.device.type == "cuda":  # before the weights are loaded

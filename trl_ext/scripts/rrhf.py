@@ -121,9 +121,7 @@ def real_inputs(
     Raises:
         ValueError: No dataset, nothing that scores, or data that cannot be trained on.
     """
-    functions, weights = load_reward_functions(recipe.reward_funcs), training.reward_weights
-    if weights is not None and len(weights) != len(functions):
-        raise ValueError(f"--reward_weights has {len(weights)} numbers for {len(functions)} --reward_funcs.")
+    functions = load_reward_functions(recipe.reward_funcs, training.reward_weights)
     train, test = load_prompts(recipe)
     if set(train.column_names) >= RESPONSES:
         names = set(names_of(SamplingConfig)) - {"max_new_tokens"}

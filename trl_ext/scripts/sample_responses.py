@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     assert recipe.output is not None
     check_output_dir(Path(recipe.output).resolve().parent, "--output, whose folder")
-    functions = load_reward_functions(recipe.reward_funcs)
+    functions = load_reward_functions(recipe.reward_funcs, recipe.reward_weights)
     dataset = load_split(recipe.dataset_name or "", recipe.dataset_train_split, config=recipe.dataset_config)
     check_prompt_rows(dataset, recipe.dataset_name or "")
     if recipe.max_prompts is not None:
