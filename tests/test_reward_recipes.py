@@ -11,7 +11,7 @@ from datasets import load_from_disk
 from peft import AutoPeftModelForSequenceClassification
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-TINY = ["--world_scale=0.03", "--max_steps=4", "--logging_steps=1"]
+TINY = ["--world_scale=0.03", "--max_steps=4", "--logging_steps=1", "--warmup_steps=0"]
 
 
 def launch(recipe: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -127,6 +127,21 @@ def test_one_file_is_not_read_twice_as_training_and_as_test_rows(tmp_path: Path)
     assert (len(train), len(test)) == (18, 2)
 
 
+def test_a_trainer_keeps_rows_whose_strength_is_a_word(tmp_path: Path) -> None:
+    from trl_ext import RewardModelConfig
+    from trl_ext.reward.data import tokenize_preferences
+    from trl_ext.text import TextEncoder
+    from trl_ext.toy import build_tokenizer
+
+    rows = [
+        {"prompt": "one day", "chosen": " she fell", "rejected": " he fell", "strength": word}
+        for word in ("clear", "slight")
+    ]
+    settings = RewardModelConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    kept, report = tokenize_preferences(Dataset.from_list(rows), TextEncoder(build_tokenizer()), settings, "rows")
+    assert (len(kept), report.rows_kept) == (2, 2)
+
+
 def test_test_rows_may_be_in_a_file_of_their_own(tmp_path: Path) -> None:
     train_path, test_path = write(tmp_path / "a.jsonl", PAIRS[:15]), write(tmp_path / "b.jsonl", PAIRS[15:])
     train, test = load_preference_splits(preferences(dataset_name=train_path, dataset_test_name=test_path), 0)

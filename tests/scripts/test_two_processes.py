@@ -99,7 +99,7 @@ def test_rrhf(online: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_reward_model(tmp_path: Path) -> None:
-    flags = [f"--output_dir={tmp_path / 'out'}", "--world_scale=0.03", "--max_steps=4"]
+    flags = [f"--output_dir={tmp_path / 'out'}", "--world_scale=0.03", "--max_steps=4", "--warmup_steps=0"]
     printed = launch("reward_model", tmp_path, *flags, "--per_device_train_batch_size=8", *QUICK)
     check_equal(tmp_path, "RewardModelTrainer")
     assert printed.count("test pairs") == 2  # the announcement and the table
