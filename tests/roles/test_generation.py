@@ -1,5 +1,6 @@
 """`generate` in batches that fit, and continuous batching: the active role's own distribution, or an error."""
 
+import asyncio
 import copy
 
 import pytest
@@ -205,3 +206,41 @@ def test_on_a_cpu_the_cache_is_what_the_requests_can_fill(make_base):
 def test_flash_attention_is_left_to_16_bits(make_base):
     assert not engine_config(ContinuousBatchingConfig(), make_base(), 1, 1).auto_switch_to_flash
     assert engine_config(ContinuousBatchingConfig(), make_base(dtype=torch.bfloat16), 1, 1).auto_switch_to_flash
+
+
+@pytest.mark.parametrize("role", [Role.REWARD, Role.CRITIC])
+def test_roles_that_score_do_not_generate(model, role):
+    for generate in (
+        lambda: model.generate(**padded(prompts()), generation_config=settings()),
+        lambda: model.generate_batch(prompts(), generation_config=settings()),
+    ):
+        with (
+            model.role(role),
+            pytest.raises(RuntimeError, match=rf"the {role.value} role is active.*Nest"),
+        ):
+            generate()
+    with model.role(Role.REFERENCE):
+        model.generate(**padded(prompts()), generation_config=settings())
+
+
+def test_overlapping_reward_functions_that_leave_another_role_are_found_before_the_next_generation(model):
+    async def reward(first, second):
+        with model.role(Role.REWARD):
+            first.set()
+            await second.wait()
+
+    async def both():
+        entered, left = asyncio.Event(), asyncio.Event()
+
+        async def other():
+            await entered.wait()
+            with model.role(Role.REWARD):
+                left.set()
+                await asyncio.sleep(0.01)
+
+        await asyncio.gather(reward(entered, left), other())
+
+    asyncio.run(both())
+    assert model.active_role is Role.REWARD
+    with pytest.raises(RuntimeError, match="leave in another order than they entered"):
+        model.generate(**padded(prompts()), generation_config=settings())

@@ -56,24 +56,12 @@ def test_sound_adapters_get_as_far_as_the_weights(folders):
         load(folders, policy_adapter=folders / "policy", reward_adapter=folders / "reward")
 
 
-def test_an_adapter_of_another_base(folders):
-    reconfigure(folders / "reward", base_model_name_or_path="someone/other-base")
-    with refused(r"reward_adapter \(.*reward\).*'someone/other-base'.*base'.*edit base_model_name_or_path"):
-        load(folders, reward_adapter=folders / "reward")
-
-
-def test_the_same_base_at_another_place_is_fine(folders):
-    reconfigure(folders / "reward", base_model_name_or_path="someone/BASE")
-    with refused("were loaded", AssertionError):
-        load(folders, reward_adapter=folders / "reward")
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gpt_neo"])
 def test_an_adapter_of_another_hidden_size(folders, make_base, make_adapter, kind):
     other = make_base(kind, **{"n_embd" if kind == "gpt2" else "hidden_size": 32})
     write_adapter(folders / "wide", make_adapter(other))
     make_base(kind).save_pretrained(folders / "base")
-    with refused(r"policy_adapter .*takes 32 inputs.*hidden size 16.*another base"):
+    with refused(r"policy_adapter .*does not fit, .*lora_[AB].weight has 32 .*puts, .* has 16.*another base"):
         load(folders, policy_adapter=folders / "wide")
 
 
@@ -93,6 +81,40 @@ def test_saved_embeddings(folders):
     rewrite(folders / "policy", lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.zeros(50, 16)}))
     with refused(r"policy_adapter .*embed_tokens.weight.*\(50, 16\).*without resizing the embeddings"):
         load(folders, policy_adapter=folders / "policy")
+
+
+def test_a_reward_adapter_as_policy(folders):
+    with refused(r"policy_adapter .*it has a scalar head.*Give it as reward_adapter"):
+        load(folders, policy_adapter=folders / "reward")
+    rewrite(folders / "reward", lambda t: t.pop("base_model.model.score.weight"))
+    with refused(r"policy_adapter .*task_type is 'SEQ_CLS', but .* has no score.weight"):
+        load(folders, policy_adapter=folders / "reward")
+
+
+@pytest.mark.parametrize("length", [0, 7, 200, -1])
+@pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_file_that_is_torn(folders, file, length):
+    path = folders / "policy" / file
+    path.write_bytes(path.read_bytes()[: length if length >= 0 else -3])
+    with refused(rf"policy_adapter: .*policy/{file}.* cut while it was written"):
+        load(folders, policy_adapter=folders / "policy")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"peft_type": "NONE"}', "\x00" * 40])
+def test_a_configuration_that_is_none(folders, text):
+    (folders / "policy" / CONFIG_FILE).write_text(text)
+    with refused("policy_adapter", (ValueError, TypeError)):
+        load(folders, policy_adapter=folders / "policy")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(folders, value):
+    def spoil(tensors):
+        tensors["base_model.model.score.weight"][0, 3] = value
+
+    rewrite(folders / "reward", spoil)
+    with refused(rf"reward_adapter: 1 of the 29 .*reward/{WEIGHTS_FILE} hold NaN or infinity, first '.*score.weight'"):
+        load(folders, reward_adapter=folders / "reward")
 
 
 def test_a_reward_adapter_without_a_head(folders, make_base):
@@ -189,7 +211,7 @@ def test_weights_that_do_not_fit_the_modules(make_base, make_adapter):
     with refused(f"policy adapter does not fit.*1 weights.*{first}.*target_modules"):
         SharedBaseModel(copy.deepcopy(base), policy=AdapterWeights(adapter.config, missing))
     deeper = make_adapter(make_base(num_hidden_layers=3))
-    with refused(r"critic adapter does not fit.*layers\.2"):
+    with refused(r"critic adapter: it does not fit, .*layers\.2.*another base"):
         SharedBaseModel(copy.deepcopy(base), critic=deeper)
 
 

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trl_ext.memory.weights import Setup, meta_model, quantised_linears, with_roles
 from trl_ext.ops.packing import PackedBatch
-from trl_ext.roles import Role, SharedBaseModel
+from trl_ext.roles import Role, SharedBaseModel, disable_dropout
 
 # Batches that are traced; bytes of others lie on the line through these, because tensors are linear in the batch.
 TRACED_BATCHES = (1, 8)
@@ -240,9 +240,7 @@ class Tracer:
             model, mode = with_roles(base, self.setup), FakeTensorMode(allow_non_fake_inputs=True)
             for layer in quantised:
                 layer.forward = MethodType(_quantised_forward, layer)
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0  # PPOMaxConfig.disable_dropout
+            disable_dropout(model)
             if self.setup.checkpointing:
                 model.gradient_checkpointing_enable()
             _to_fake(model, mode, self.setup.trained_dtype)

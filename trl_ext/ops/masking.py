@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trl_ext.ops.precision import sum_dtype
+
 WHITEN_EPS = 1e-8
 
 
@@ -43,25 +45,27 @@ def masked_mean_var(x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] 
 
         mean = sum(x) / n        var = sum((x - mean)^2) / n
 
-    In two passes and in float64: E[x^2] - E[x]^2 loses every digit when the mean is large beside the spread.
+    In two passes and in float64 (float32 on MPS): E[x^2] - E[x]^2 loses every digit when the mean is large beside the
+    spread.
 
     Args:
         x: values, any shape.
         mask: 1 where a value counts, same shape.
-        reduce: returns the sum over all processes of the small float64 tensor it is given, for instance
+        reduce: returns the sum over all processes of the small tensor it is given, for instance
             `functools.partial(accelerator.reduce, reduction="sum")`. It is called exactly twice, on every process,
             also on one whose mask is empty.
 
     Returns:
-        (mean, var), float64 scalars.
+        (mean, var), scalars of `precision.sum_dtype`.
 
     Raises:
         ValueError: the shapes differ.
     """
     check_same_shape(x=x, mask=mask)
     mask = mask.bool()
-    x = torch.where(mask, x, 0).double()
-    total = torch.stack([x.sum(), mask.sum().double()])
+    dtype = sum_dtype(x.device)
+    x = torch.where(mask, x, 0).to(dtype)
+    total = torch.stack([x.sum(), mask.sum().to(dtype)])
     if reduce is not None:
         total = reduce(total)
     count = total[1].clamp(min=1)
@@ -100,7 +104,7 @@ def masked_whiten(
         raise ValueError(f"only floating point values can be whitened, x is {x.dtype}")
     mean, var = masked_mean_var(x, mask, reduce)
     mask = mask.bool()
-    whitened = (torch.where(mask, x, 0).double() - mean) * torch.rsqrt(var + WHITEN_EPS)
+    whitened = (torch.where(mask, x, 0).to(mean.dtype) - mean) * torch.rsqrt(var + WHITEN_EPS)
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, 0).to(x.dtype)

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trl_ext.ops.precision import sum_dtype
+
 
 class RunningMoments:
     """Running count, mean and unbiased standard deviation, the same on every process.
@@ -49,7 +51,7 @@ class RunningMoments:
             ValueError: a value is NaN or infinite, or no process has a value; raised on every process, and nothing is
                 added.
         """
-        x = x.detach().flatten().double()
+        x = x.detach().flatten().to(sum_dtype(x.device))
         bad = (~x.isfinite()).nonzero().flatten().tolist()
         total = _sum_over_processes(torch.stack([x.new_tensor(x.numel()), x.sum(), x.new_tensor(len(bad))]))
         n, batch_sum, all_bad = total.tolist()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trl_ext.ops.kl import kl_estimate
 from trl_ext.ops.masking import check_same_shape, masked_mean, masked_mean_var
+from trl_ext.ops.precision import sum_dtype
 
 
 def policy_loss(
@@ -141,13 +142,14 @@ def explained_variance(
         reduce: sums a small tensor over all processes (see `ops.masking.masked_mean_var`).
 
     Returns:
-        A scalar, float64, at most 1 and possibly negative.
+        A scalar of `ops.precision.sum_dtype`, at most 1 and possibly negative.
 
     Raises:
         ValueError: the shapes differ.
     """
     check_same_shape(values=values, returns=returns, mask=mask)
-    _, residual_var = masked_mean_var(returns.double() - values.double(), mask, reduce)
+    dtype = sum_dtype(returns.device)
+    _, residual_var = masked_mean_var(returns.to(dtype) - values.to(dtype), mask, reduce)
     _, return_var = masked_mean_var(returns, mask, reduce)
     return torch.where(return_var > 0, 1 - residual_var / return_var, 0)
 

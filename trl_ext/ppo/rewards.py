@@ -7,6 +7,7 @@ from torch import Tensor
 
 from trl_ext.ops.masking import check_same_shape
 from trl_ext.ops.moments import RunningMoments
+from trl_ext.ops.precision import sum_dtype
 
 SCORE_MODES = ("norm", "scale", "none")
 STD_FLOOR = 1e-8
@@ -45,7 +46,7 @@ def shape_scores(
     if clip is not None and not (math.isfinite(clip) and clip > 0):
         raise ValueError(f"clip must be positive, or None for no clip, got {clip}")
     mean, std = moments.update(scores) if update else (moments.mean, moments.std)
-    shaped = scores.double()
+    shaped = scores.to(sum_dtype(scores.device))
     if mode == "norm":
         shaped = shaped - mean
     if mode != "none" and std >= STD_FLOOR:

@@ -3,6 +3,10 @@
 import copy
 import json
 import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,8 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, TaskType
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -21,7 +26,7 @@ MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these rewrit
 SILENT_INITS = (True, "gaussian")  # a fresh adapter computes exactly what its base does
 SHARED_MODULES = {"lm_head", "embed_out", "embed_tokens", "wte", "wpe", "embed_in"}
 SCALING_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # what an adapter computes with
-READS_HIDDEN_STATES = ("q_proj", "k_proj", "v_proj", "c_attn", "query_key_value")  # projections with H inputs
+RECORD_KEY = "trl_ext_base"  # of the metadata of the weights: the base that they were trained on
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,21 @@ class RewardScale:
             raise ValueError(f"mean={self.mean} and std={self.std} of a reward must be finite, and std above 0.")
 
 
+@dataclass(frozen=True)
+class BaseRecord:
+    """What an adapter remembers of the base that it was trained on; see `roles/identity.py`.
+
+    Attributes:
+        model_type: Of its configuration.
+        values: A few numbers of some of its weights, by name.
+        dtypes: The type that each of these was loaded in.
+    """
+
+    model_type: str
+    values: dict[str, list[float]]
+    dtypes: dict[str, str]
+
+
 @dataclass
 class AdapterWeights:
     """An adapter outside any model.
@@ -51,12 +71,14 @@ class AdapterWeights:
         weights: PEFT's state dict, keys without the adapter's name; None for a fresh adapter.
         head: (1, H) scalar head of a reward or critic adapter, else None.
         scale: Of a reward adapter whose scores are normalised when a role uses it; plain PEFT computes raw scores.
+        trained_on: The base, where that is known.
     """
 
     config: LoraConfig
     weights: dict[str, torch.Tensor] | None = None
     head: torch.Tensor | None = None
     scale: RewardScale | None = None
+    trained_on: BaseRecord | None = None
 
     def scaled_head(self) -> torch.Tensor | None:
         """The head of a critic that starts here: it predicts on the scale of the normalised score."""
@@ -164,7 +186,8 @@ def read_adapter(path: str | Path, name: str = "adapter", revision: str | None =
 
     Raises:
         FileNotFoundError: Nothing there, or no `adapter_config.json`.
-        ValueError: No safetensors weights, a head that is not scalar, or an adapter `check_lora_config` refuses.
+        ValueError: No safetensors weights, a file that is torn or empty, weights that are not finite, a head that is
+            not scalar or missing, or an adapter `check_lora_config` refuses.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -181,8 +204,8 @@ def read_adapter(path: str | Path, name: str = "adapter", revision: str | None =
         raise FileNotFoundError(f"{name}: {path} holds no {CONFIG_FILE}. Give the folder that PEFT saved.")
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{name}: {path} holds no {WEIGHTS_FILE}. Save it again with safe_serialization=True.")
-    config = check_lora_config(PeftConfig.from_pretrained(str(folder)), f"{name} ({path})")
-    tensors = load_file(folder / WEIGHTS_FILE)
+    config = check_lora_config(_read_config(folder, name), f"{name} ({path})")
+    tensors, trained_on = _read_weights(folder / WEIGHTS_FILE, name)
     lora = {key: value for key, value in tensors.items() if "lora_" in key}
     rest = {key: value for key, value in tensors.items() if "lora_" not in key}
     head = None
@@ -196,7 +219,43 @@ def read_adapter(path: str | Path, name: str = "adapter", revision: str | None =
                 "resizing the embeddings, which all roles share."
             )
         head = value
-    return AdapterWeights(causal_config(config), lora, head, read_scale(folder))
+    if config.task_type == TaskType.SEQ_CLS and head is None:
+        raise ValueError(
+            f"{name} ({path}): its task_type is 'SEQ_CLS', but {WEIGHTS_FILE} has no score.weight. Save it again with "
+            "its head, or train it with task_type='CAUSAL_LM' if it is a policy."
+        )
+    return AdapterWeights(causal_config(config), lora, head, read_scale(folder), trained_on)
+
+
+def _read_config(folder: Path, name: str) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{name}: {folder / CONFIG_FILE} is no adapter configuration that PEFT can read "
+            f"({type(error).__name__}: {error}). It may have been cut while it was written: save the adapter again."
+        ) from error
+
+
+def _read_weights(path: Path, name: str) -> tuple[dict[str, torch.Tensor], BaseRecord | None]:
+    """Tensors of an adapter, all finite, and the record of its base if there is one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = (file.metadata() or {}).get(RECORD_KEY)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        trained_on = None if record is None else BaseRecord(**json.loads(record))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name}: {path} ({path.stat().st_size} bytes) cannot be read ({error}). It may have been cut while it was "
+            "written: save the adapter again, or take an earlier one."
+        ) from error
+    bad = [key for key, value in tensors.items() if not bool(value.isfinite().all())]
+    if bad:
+        raise ValueError(
+            f"{name}: {len(bad)} of the {len(tensors)} tensors in {path} hold NaN or infinity, first {bad[0]!r}. Take "
+            "an earlier one."
+        )
+    return tensors, trained_on
 
 
 def read_scale(folder: str | Path) -> RewardScale | None:
@@ -220,39 +279,8 @@ def write_scale(folder: str | Path, scale: RewardScale | None) -> None:
     if scale is None:
         path.unlink(missing_ok=True)
     else:
-        path.write_text(json.dumps(asdict(scale), indent=2) + "\n", encoding="utf-8")
-
-
-def check_adapter_fits(
-    adapter: AdapterWeights, base_config: Any, base_name: str, name: str, needs_head: bool = False
-) -> None:
-    """Check, from configurations alone, that an adapter belongs to the base it is to be put on.
-
-    Raises:
-        ValueError: Another base by name, a head or an attention projection of another hidden size, or no head.
-    """
-    hidden = base_config.get_text_config().hidden_size
-    if needs_head and adapter.head is None:
-        raise ValueError(f"{name}: it has no scalar head. Train it with task_type='SEQ_CLS' and num_labels=1.")
-    if adapter.head is not None and adapter.head.shape[1] != hidden:
-        raise ValueError(
-            f"{name}: its head has hidden size {adapter.head.shape[1]}, the base {base_name} has {hidden}. It was "
-            "trained on another base: give an adapter of this one."
-        )
-    projections = tuple(f"{module}.lora_A.weight" for module in READS_HIDDEN_STATES)
-    for key, value in (adapter.weights or {}).items():
-        if key.endswith(projections) and value.shape[1] != hidden:
-            raise ValueError(
-                f"{name}: {key} takes {value.shape[1]} inputs, the base {base_name} has hidden size {hidden}. It was "
-                "trained on another base: give an adapter of this one."
-            )
-    trained_on = adapter.config.base_model_name_or_path
-    if trained_on and base_name and Path(trained_on).name.lower() != Path(base_name).name.lower():
-        raise ValueError(
-            f"{name}: it was trained on {trained_on!r}, the base is {base_name!r}. On other weights an adapter "
-            "computes nonsense without an error. If they are the same weights, edit base_model_name_or_path in its "
-            f"{CONFIG_FILE}."
-        )
+        with _written_aside(path) as aside:
+            aside.write_text(json.dumps(asdict(scale), indent=2) + "\n", encoding="utf-8")
 
 
 def check_same_scaling(saved: LoraConfig, own: LoraConfig, name: str, remedy: str) -> None:
@@ -267,8 +295,25 @@ def check_same_scaling(saved: LoraConfig, own: LoraConfig, name: str, remedy: st
             raise ValueError(f"{name} was trained with {field}={theirs!r}, this model has {ours!r}. {remedy}")
 
 
+def check_equal(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor], name: str) -> None:
+    """Check that weights which were loaded into a model are there.
+
+    Raises:
+        RuntimeError: They are not.
+    """
+    for key, value in given.items():
+        there = own[key].detach()
+        if not there.is_meta and not torch.equal(there, value.to(there.device, there.dtype)):
+            raise RuntimeError(
+                f"{name}: {key} was loaded, but the model has other numbers there. PEFT did not load what it was "
+                "given; install a version of peft that this package was tested with."
+            )
+
+
 def write_adapter(folder: str | Path, adapter: AdapterWeights) -> None:
     """Write an adapter as PEFT would: `AutoPeftModelForCausalLM`, or `...ForSequenceClassification` if it has a head.
+
+    Each file is written aside and renamed when it is whole, so that a kill or a full disk leaves the one before.
 
     Args:
         folder: Made if missing.
@@ -282,6 +327,35 @@ def write_adapter(folder: str | Path, adapter: AdapterWeights) -> None:
         config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
         weights[HEAD_KEY] = adapter.head
     weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+    with _written_aside(folder / WEIGHTS_FILE) as path:
+        path.write_bytes(_serialised(weights, adapter.trained_on))
+    with _written_aside(folder / CONFIG_FILE) as path, tempfile.TemporaryDirectory() as made:
+        config.save_pretrained(made)
+        path.write_bytes((Path(made) / CONFIG_FILE).read_bytes())
     write_scale(folder, adapter.scale)
+
+
+def _serialised(weights: dict[str, torch.Tensor], trained_on: BaseRecord | None) -> bytes:
+    """A safetensors file. The record is put in afterwards: safetensors shuffles the metadata it is given."""
+    data = save(weights, metadata={"format": "pt"})
+    if trained_on is None:
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"][RECORD_KEY] = json.dumps(asdict(trained_on))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+@contextmanager
+def _written_aside(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`, which it becomes when it is whole."""
+    aside = path.with_name(f".unfinished-{path.name}")
+    try:
+        yield aside
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Load the base model once, frozen, in 4 bits if asked."""
 
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def load_base(
 
     Raises:
         ImportError: `quantization_config` is given and bitsandbytes is missing.
-        ValueError: The base is quantised already, by a method that cannot train adapters, or 4 bits were asked for too.
+        ValueError: The base is quantised already, by a method that cannot train adapters, or 4 bits were asked for too;
+            or its checkpoint lacks weights.
     """
     config = load_base_config(model_name_or_path, **model_init_kwargs)
     method = quantization_method(config)
@@ -57,7 +59,11 @@ def load_base(
     model_init_kwargs.setdefault("trust_remote_code", False)
     if quantization_config is not None:  # None would take the place of the checkpoint's own
         model_init_kwargs["quantization_config"] = quantization_config
-    base = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype, **model_init_kwargs)
+    made: Any = AutoModelForCausalLM.from_pretrained(
+        model_name_or_path, dtype=dtype, output_loading_info=True, **model_init_kwargs
+    )
+    base, loaded = made
+    _check_complete(base, model_name_or_path, loaded["missing_keys"])
     quantizer = getattr(base, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:
         raise ValueError(
@@ -66,6 +72,40 @@ def load_base(
         )
     keep_trainable(base)
     return base.requires_grad_(False)
+
+
+def _check_complete(base: Any, name: str, missing: Iterable[str]) -> None:
+    """Refuse a model some weights of which transformers has made up, because the checkpoint has none for them."""
+    parameters = dict(base.named_parameters())
+    random = sorted(key for key in missing if key in parameters)
+    if random:
+        raise ValueError(
+            f"{name}: the checkpoint has no weights for {len(random)} parameters of {type(base).__name__}, first "
+            f"{random[0]!r}: they would be random. Give the checkpoint of a causal language model, with its LM head."
+        )
+
+
+def check_vocabulary(config: Any, tokenizer: Any) -> None:
+    """Check that the model has an embedding for every token.
+
+    Tokens that stand for an image, a sound or a video are left out: text-only models have tokenizers with them.
+
+    Args:
+        config: The model's configuration.
+        tokenizer: Of transformers.
+
+    Raises:
+        ValueError: A token without an embedding.
+    """
+    rows, tokens = config.get_text_config().vocab_size, tokenizer.get_vocab()
+    media = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
+    beyond = sorted((number, token) for token, number in tokens.items() if number >= rows and token not in media)
+    if beyond:
+        raise ValueError(
+            f"the tokenizer has {len(beyond)} tokens beyond the model's {rows} embeddings, first {beyond[0][1]!r} with "
+            f"id {beyond[0][0]}. Give the tokenizer that the model was trained with, or resize the model's embeddings, "
+            "train them and save it."
+        )
 
 
 def quantization_method(config: Any) -> str | None:

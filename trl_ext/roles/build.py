@@ -8,8 +8,9 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from trl_ext.roles.adapters import check_adapter_fits, check_same_scaling, read_adapter
+from trl_ext.roles.adapters import check_same_scaling, read_adapter
 from trl_ext.roles.base import load_base, load_base_config
+from trl_ext.roles.identity import check_adapter_fits, describe_base, describe_config
 from trl_ext.roles.role import Role
 from trl_ext.roles.shared_model import SharedBaseModel
 
@@ -76,16 +77,18 @@ def tuned_policy(
     """
     tuned = read_adapter(policy_adapter, "policy_adapter")
     config = load_base_config(model_name_or_path, **model_init_kwargs)
-    check_adapter_fits(tuned, config, model_name_or_path, f"policy_adapter ({policy_adapter})")
+    named = f"policy_adapter ({policy_adapter})"
+    without_weights = describe_config(config, model_name_or_path, model_init_kwargs.get("trust_remote_code", False))
+    check_adapter_fits(tuned, without_weights, Role.POLICY, named)
     start: Any = copy.deepcopy(tuned.config)
     start.init_lora_weights = True
     if reference_adapter is not None:
         start = read_adapter(reference_adapter, "reference_adapter")
-        what = f"policy_adapter ({policy_adapter})"
-        check_same_scaling(tuned.config, start.config, what, "Give the adapter that its training started from.")
+        check_same_scaling(tuned.config, start.config, named, "Give the adapter that its training started from.")
     paths = [reward_adapter] if isinstance(reward_adapter, str | Path) else list(reward_adapter or [])
     rewards = [read_adapter(path, "reward_adapter") for path in paths]
     base = load_base(model_name_or_path, quantization_config=quantization_config, **model_init_kwargs)
+    check_adapter_fits(tuned, describe_base(base), Role.POLICY, named)
     model = SharedBaseModel(base, start, rewards, with_critic=False)
     model.set_weights(Role.POLICY.adapter_name, tuned.weights or {})
     return model

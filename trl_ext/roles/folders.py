@@ -9,6 +9,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from trl_ext.roles.adapters import CONFIG_FILE, AdapterWeights, check_same_scaling, read_adapter, write_adapter
+from trl_ext.roles.identity import check_same_base
 from trl_ext.roles.role import Role
 from trl_ext.roles.switch import SwitchedModel
 
@@ -18,7 +19,7 @@ def adapter_weights(model: SwitchedModel, name: str, state_dict: dict[str, Tenso
     weights = get_peft_model_state_dict(model, state_dict, adapter_name=name, save_embedding_layers=False)
     head = model.heads[name].weight.detach() if name in model.heads else None
     config: Any = model.peft_config[name]
-    return AdapterWeights(config, weights, head, model.reward_scales.get(name))
+    return AdapterWeights(config, weights, head, model.reward_scales.get(name), model.base_record)
 
 
 def save_roles(
@@ -55,7 +56,7 @@ def load_role(model: SwitchedModel, folder: str | Path, name: str) -> None:
         name: Of the adapter.
 
     Raises:
-        ValueError: The folder has other roles, shapes or scaling than this model.
+        ValueError: The folder has other roles, shapes or scaling than this model, or adapters of another base.
     """
     role = model.adapters.get(name)
     if role is None:
@@ -66,6 +67,7 @@ def load_role(model: SwitchedModel, folder: str | Path, name: str) -> None:
     own: Any = model.peft_config[name]
     remedy = "Resume with the configuration that the run was started with."
     check_same_scaling(adapter.config, own, f"{folder}: the {role.value} adapter", remedy)
+    check_same_base(adapter, model.base_record, f"{folder}: the {role.value} adapter")
     model.set_weights(name, adapter.weights or {})
     if name in model.heads:
         if adapter.head is None:

@@ -1,6 +1,7 @@
 """What turns a hidden state into something: the scalar head into a reward or a value, the LM head into a token."""
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -67,6 +68,11 @@ class LMHead:
         """(V,), or None."""
         return getattr(self.layer, "bias", None)
 
+    def logits(self, products: Tensor) -> Tensor:
+        """`W h + b` -> logits, both (..., V)."""
+        a = products * self.factor
+        return a if self.cap is None else self.cap * (a / self.cap).tanh()
+
     def logprobs(
         self,
         hidden: Tensor,
@@ -100,11 +106,11 @@ class LMHead:
         )
 
 
-def lm_head(base: Any) -> LMHead:
-    """The head of a causal language model, with what its configuration says of factor and cap.
+def possible_heads(base: Any) -> list[LMHead]:
+    """The base's LM head with every factor and cap that its configuration may mean, the likeliest first.
 
-    Cohere, Falcon-H1 and their kin multiply (`logit_scale`, `lm_head_multiplier`), Granite and MiniCPM3 divide
-    (`logits_scaling`), Gemma 2 squashes (`final_logit_softcapping`).
+    Numbers go by names such as `logit_scale`, `logits_scaling`, `lm_head_multiplier`, `final_logit_softcapping`. What a
+    name means differs: by `logits_scaling` Granite divides and HyperCLOVA X multiplies. `probe.language_head` tries.
 
     Raises:
         TypeError: The base has no LM head.
@@ -112,9 +118,22 @@ def lm_head(base: Any) -> LMHead:
     layer = base.get_output_embeddings()
     if layer is None:
         raise TypeError(f"the base must be a causal language model, {type(base).__name__} has no LM head.")
-    text_config = base.config.get_text_config()
-    factor = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        factor *= getattr(text_config, name, None) or 1.0
-    factor /= getattr(text_config, "logits_scaling", None) or 1.0
-    return LMHead(layer, factor, getattr(text_config, "final_logit_softcapping", None))
+    config = base.config.get_text_config()
+    computed = (name for name in dir(type(config)) if isinstance(getattr(type(config), name), property))
+    words = ("logit", "lm_head", "output_multiplier")
+    named: dict[str, float] = {}
+    for name in (name for name in (*vars(config), *computed) if any(word in name for word in words)):
+        value = getattr(config, name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and "router" not in name:
+            named[name] = float(value)
+    caps = {name: value for name, value in named.items() if "cap" in name}
+    factors = {name: value for name, value in named.items() if name not in caps and "keep" not in name}
+    likely = 1.0
+    for name, value in factors.items():
+        likely *= 1 / value if name == "logits_scaling" else value
+    output_caps = [value for name, value in caps.items() if "attn" not in name]
+    tried = [likely, 1.0, *factors.values(), *(1 / value for value in factors.values())]
+    return [
+        LMHead(layer, factor, cap)
+        for factor, cap in product(dict.fromkeys(tried), dict.fromkeys([*output_caps, None, *caps.values()]))
+    ]

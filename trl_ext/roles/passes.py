@@ -1,6 +1,5 @@
 """Forward passes by role: log-probabilities, values, scores. Functions over the switch and what hangs on it."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trl_ext.ops.packing import PackedBatch, by_sequence, in_order
+from trl_ext.roles.backbone import hidden_states, packed_hidden_states
 from trl_ext.roles.role import Role
 from trl_ext.roles.switch import SwitchedModel
 
@@ -69,7 +69,7 @@ def _run_role(
 def language_model_loss(model: SwitchedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """(B, L), (B, L) -> scalar: minus the policy's mean log-probability of all real tokens but a row's first."""
     with model.role(Role.POLICY):
-        hidden = hidden_states(model, input_ids, attention_mask)[:, :-1]
+        hidden = hidden_states(model.backbone, input_ids, attention_mask)[:, :-1]
     mask = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
     logps, _ = model.language_head.logprobs(hidden[mask], input_ids[:, 1:][mask])
     return -logps.mean()
@@ -84,7 +84,7 @@ def score_members(model: SwitchedModel, input_ids: Tensor, attention_mask: Tenso
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (attention_mask * columns).argmax(-1)
     rows = torch.arange(len(last), device=last.device)
-    return _by_each_member(model, lambda: hidden_states(model, input_ids, attention_mask)[rows, last])
+    return _by_each_member(model, lambda: hidden_states(model.backbone, input_ids, attention_mask)[rows, last])
 
 
 def score_parts(model: SwitchedModel, parts: list[PackedBatch]) -> Tensor:
@@ -113,7 +113,7 @@ def values(model: SwitchedModel, input_ids: Tensor, attention_mask: Tensor) -> T
     """(B, T), (B, T) -> (B, T) float32: the critic's value after each token."""
     _check_batch(input_ids, attention_mask)
     with model.role(Role.CRITIC):
-        return model.heads["critic"](hidden_states(model, input_ids, attention_mask))
+        return model.heads["critic"](hidden_states(model.backbone, input_ids, attention_mask))
 
 
 def _check_batch(input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -124,35 +124,3 @@ def _check_batch(input_ids: Tensor, attention_mask: Tensor) -> None:
     empty = (attention_mask.sum(-1) == 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"rows {empty} of attention_mask have no 1: there is no token to score.")
-
-
-# ---------------------------------------------------------------------- hidden states
-
-
-def hidden_states(model: SwitchedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, L), (B, L) -> (B, L, H): last hidden states of the base under the active role, no LM head.
-
-    Positions follow the mask, so that padding on the left does not shift learned position embeddings.
-    """
-    kwargs: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
-    if takes_positions(model.backbone):
-        kwargs["position_ids"] = positions_from_mask(attention_mask)
-    return model.backbone(input_ids=input_ids, **kwargs).last_hidden_state
-
-
-def packed_hidden_states(backbone: Any, part: PackedBatch) -> Tensor:
-    """(b * L, H): last hidden states of a part's tokens, to be picked by its `ends` and `sources`."""
-    inputs = part.model_inputs(backbone.dtype)
-    if not takes_positions(backbone):
-        del inputs["position_ids"]  # each row is one sequence, padded on the right: the model's own positions are these
-    return backbone(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-
-
-def takes_positions(backbone: Any) -> bool:
-    """Whether a model can be told the position of each token."""
-    return "position_ids" in inspect.signature(backbone.forward).parameters
-
-
-def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """(B, L) mask -> (B, L) positions that start at 0 on each row's first real token, whatever the padding side."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -24,18 +24,21 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl_ext.ops.packing import PackedBatch, in_order
 from trl_ext.roles.adapters import (
     HEAD_KEY,
+    AdapterWeights,
     RewardScale,
-    check_adapter_fits,
+    check_equal,
     check_lora_config,
     check_same_scaling,
     lora_config,
     read_adapter,
-    write_scale,
+    write_adapter,
 )
+from trl_ext.roles.backbone import packed_hidden_states
 from trl_ext.roles.base import keep_trainable
 from trl_ext.roles.folding import fold
-from trl_ext.roles.heads import lm_head
-from trl_ext.roles.passes import packed_hidden_states
+from trl_ext.roles.identity import check_adapter_fits, describe_base
+from trl_ext.roles.probe import language_head
+from trl_ext.roles.role import Role
 
 ADAPTER = "default"
 QUANTIZATION_MARKS = ("is_quantized", "quantization_method", "hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -62,13 +65,14 @@ class RewardModel(PeftModelForSequenceClassification):
         given: Any = base
         if isinstance(given, PeftModel):
             raise TypeError("the base has an adapter already: give the model under it (model.unload()).")
-        language_head = lm_head(base)
         config = copy.deepcopy(check_lora_config(peft_config or lora_config("SEQ_CLS"), "peft_config"))
         config.task_type, config.modules_to_save = "SEQ_CLS", None  # PEFT adds the head
         base.requires_grad_(False)
         keep_trainable(base)
+        head, described = language_head(base), describe_base(base)
         super().__init__(sequence_classifier(base), config)
-        self.language_head, self.lm_head = language_head, language_head.layer  # the layer moves with the model
+        self.language_head, self.lm_head = head, head.layer  # the layer moves with the model
+        self.described_base = described
         self.scale: RewardScale | None = None
         self.model_card: Callable[[], str] | None = None
         for layer in self._lora_layers():
@@ -104,8 +108,7 @@ class RewardModel(PeftModelForSequenceClassification):
             ValueError: It was trained on another base or with another LoRA configuration.
         """
         adapter = read_adapter(folder, "reward adapter")
-        base: Any = self.get_base_model()
-        check_adapter_fits(adapter, base.config, base.name_or_path, str(folder), needs_head=True)
+        check_adapter_fits(adapter, self.described_base, Role.REWARD, str(folder))
         own = get_peft_model_state_dict(self, adapter_name=ADAPTER, save_embedding_layers=False)
         shapes = {key: value.shape for key, value in own.items() if "lora_" in key}
         weights = adapter.weights or {}
@@ -116,7 +119,10 @@ class RewardModel(PeftModelForSequenceClassification):
         remedy = "Give the peft_config it was made with."
         own_config: Any = self.peft_config[ADAPTER]
         check_same_scaling(adapter.config, own_config, f"{folder}: it", remedy)
-        set_peft_model_state_dict(self, {**weights, HEAD_KEY: adapter.head}, adapter_name=ADAPTER)
+        loaded: Any = {**weights, HEAD_KEY: adapter.head}
+        set_peft_model_state_dict(self, loaded, adapter_name=ADAPTER)
+        own = get_peft_model_state_dict(self, adapter_name=ADAPTER, save_embedding_layers=False)
+        check_equal(own, loaded, str(folder))
         self.scale = adapter.scale
 
     def forward(
@@ -146,13 +152,30 @@ class RewardModel(PeftModelForSequenceClassification):
         outputs = {"scores": in_order(parts, scores)}
         return outputs if lm_of is None else outputs | {"logps": torch.cat(logps)}
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
-        """As PEFT does, with the scale of the scores and the model card beside it."""
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
-            write_scale(save_directory, self.scale)
-            if self.model_card is not None:
-                (Path(save_directory) / "README.md").write_text(self.model_card(), encoding="utf-8")
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        max_shard_size: str | int | None = None,
+    ) -> None:
+        """Write the adapter with its head, as PEFT does, and the scale of the scores and the model card beside it.
+
+        Args:
+            save_directory: Made if missing.
+            state_dict: Of the model, where it was gathered from several processes.
+            is_main_process: Every process takes part, the main one writes.
+            max_shard_size: Not used: an adapter is one file. `push_to_hub` gives it.
+        """
+        weights = get_peft_model_state_dict(self, state_dict, adapter_name=ADAPTER, save_embedding_layers=False)
+        if not is_main_process:
+            return
+        config: Any = copy.deepcopy(self.peft_config[ADAPTER])
+        config.base_model_name_or_path = config.base_model_name_or_path or self.described_base.name
+        head = weights.pop(HEAD_KEY)
+        write_adapter(save_directory, AdapterWeights(config, weights, head, self.scale, self.described_base.record))
+        if self.model_card is not None:
+            (Path(save_directory) / "README.md").write_text(self.model_card(), encoding="utf-8")
 
 
 def sequence_classifier(base: PreTrainedModel) -> PreTrainedModel:

@@ -16,16 +16,17 @@ from trl_ext.ops.packing import PackedBatch
 from trl_ext.roles import folders, passes
 from trl_ext.roles.adapters import (
     AdapterWeights,
-    check_adapter_fits,
     check_lora_config,
     checked_adapter_dtype,
     lora_config,
     read_adapter,
     write_adapter,
 )
+from trl_ext.roles.backbone import hidden_states
 from trl_ext.roles.base import load_base, load_base_config
 from trl_ext.roles.checkpointing import enable_checkpointing
 from trl_ext.roles.generation import check_continuous_batching, continuous_batching, generate_by_rows
+from trl_ext.roles.identity import check_adapter_fits, describe_base, describe_config
 from trl_ext.roles.role import Role
 from trl_ext.roles.switch import SwitchedModel
 
@@ -65,10 +66,10 @@ class SharedBaseModel(SwitchedModel):
             policy = AdapterWeights(check_lora_config(policy or lora_config(), "peft_config", fresh=True))
         rewards = [reward] if isinstance(reward, AdapterWeights) else list(reward or [])
         given = [(Role.POLICY, policy), *((Role.REWARD, adapter) for adapter in rewards), (Role.CRITIC, critic)]
+        described = describe_base(base)
         for role, adapter in given:
             if adapter is not None:
-                name = f"{role.value} adapter"
-                check_adapter_fits(adapter, base.config, base.name_or_path or "", name, role is Role.REWARD)
+                check_adapter_fits(adapter, described, role, f"{role.value} adapter")
         super().__init__(base, policy.config)
         self.model_card: Callable[[], str] | None = None
         self.rows_at_a_time: int | None = None
@@ -133,22 +134,27 @@ class SharedBaseModel(SwitchedModel):
                 "peft_config to go on from the adapter, or policy_adapter to start a fresh one."
             )
         checked_adapter_dtype(adapter_dtype)
-        base_config = load_base_config(model_name_or_path, **model_init_kwargs)
+        config = load_base_config(model_name_or_path, **model_init_kwargs)
         several = isinstance(reward_adapter, Sequence) and not isinstance(reward_adapter, str)
         rewards: Any = reward_adapter if several else [reward_adapter]
-        paths = [("policy", policy_adapter), *(("reward", path) for path in rewards), ("critic", critic_adapter)]
-        adapters: dict[str, list[AdapterWeights]] = {"policy": [], "reward": [], "critic": []}
-        for name, path in paths:
-            if path is not None:
-                adapter = read_adapter(path, f"{name}_adapter")
-                named = f"{name}_adapter ({path})"
-                check_adapter_fits(adapter, base_config, model_name_or_path, named, name == "reward")
-                adapters[name].append(adapter)
+        paths = [
+            (Role.POLICY, policy_adapter),
+            *((Role.REWARD, path) for path in rewards),
+            (Role.CRITIC, critic_adapter),
+        ]
+        given = [(role, path, read_adapter(path, f"{role}_adapter")) for role, path in paths if path is not None]
+        if given:
+            without_weights = describe_config(
+                config, model_name_or_path, model_init_kwargs.get("trust_remote_code", False)
+            )
+            for role, path, adapter in given:
+                check_adapter_fits(adapter, without_weights, role, f"{role}_adapter ({path})")
+        adapters = {role: [adapter for owner, _, adapter in given if owner is role] for role in Role}
         if peft_config is not None:
             check_lora_config(peft_config, "peft_config", fresh=True)
         base = load_base(model_name_or_path, quantization_config=quantization_config, dtype=dtype, **model_init_kwargs)
-        policy, critic = (next(iter(adapters[name]), None) for name in ("policy", "critic"))
-        return cls(base, policy or peft_config, adapters["reward"], critic, with_critic, adapter_dtype)
+        policy, critic = (next(iter(adapters[role]), None) for role in (Role.POLICY, Role.CRITIC))
+        return cls(base, policy or peft_config, adapters[Role.REWARD], critic, with_critic, adapter_dtype)
 
     @classmethod
     def from_peft(cls, model: PeftModel, with_critic: bool = True) -> "SharedBaseModel":
@@ -196,7 +202,7 @@ class SharedBaseModel(SwitchedModel):
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L), (B, L) -> (B, L, H): last hidden states of the base under the active role, no LM head."""
-        return passes.hidden_states(self, input_ids, attention_mask)
+        return hidden_states(self.backbone, input_ids, attention_mask)
 
     @torch.no_grad()
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -254,7 +260,12 @@ class SharedBaseModel(SwitchedModel):
             self.rows_at_a_time = before
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As a plain `PeftModel`, but inside `generating` so many rows at a time: see `generation.generate_by_rows`."""
+        """As a plain `PeftModel`, but inside `generating` so many rows at a time: see `generation.generate_by_rows`.
+
+        Raises:
+            RuntimeError: The reward or the critic role is active, whose adapters are not there to generate.
+        """
+        self._check_generates()
         if self.rows_at_a_time is None:
             return super().generate(*args, **kwargs)
         return generate_by_rows(super().generate, self.rows_at_a_time, *args, **kwargs)
@@ -266,9 +277,18 @@ class SharedBaseModel(SwitchedModel):
         continuous_batching_config: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Continuous batching under the active role: see `generation.continuous_batching`."""
+        """Continuous batching under the active role: see `generation.continuous_batching`, and `generate`."""
+        self._check_generates()
         base = self.get_base_model()
         return continuous_batching(base, inputs, generation_config, continuous_batching_config, **kwargs)
+
+    def _check_generates(self) -> None:
+        if self.active_role in (Role.REWARD, Role.CRITIC):
+            raise RuntimeError(
+                f"the {self.active_role.value} role is active: its adapter scores and does not generate. A reward "
+                "function that enters model.role must leave it before it awaits anything: functions that overlap leave "
+                "in another order than they entered. Nest role switches inside one another."
+            )
 
     def check_continuous_batching(self) -> None:
         """Raise a ValueError if the base cannot do continuous batching."""

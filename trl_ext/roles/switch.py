@@ -17,10 +17,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from trl_ext.roles.adapters import AdapterWeights, RewardScale, causal_config
+from trl_ext.roles.adapters import AdapterWeights, RewardScale, causal_config, check_equal
 from trl_ext.roles.base import keep_trainable
 from trl_ext.roles.folding import fold
-from trl_ext.roles.heads import ScalarHead, lm_head
+from trl_ext.roles.heads import ScalarHead
+from trl_ext.roles.identity import record_of
+from trl_ext.roles.probe import language_head
 from trl_ext.roles.role import TRAINED, Role
 
 
@@ -36,6 +38,7 @@ class SwitchedModel(PeftModelForCausalLM):
         heads: Scalar heads by the name of the adapter that they belong to.
         reward_scales: Of the reward adapters that brought one, by name.
         language_head: `LMHead` of the base.
+        base_record: What adapters remember of the base.
         lora_layers: Every layer with adapters.
 
     Raises:
@@ -43,11 +46,11 @@ class SwitchedModel(PeftModelForCausalLM):
     """
 
     def __init__(self, base: PreTrainedModel, policy: LoraConfig):
-        language_head = lm_head(base)
         base.requires_grad_(False)
         keep_trainable(base)
+        head, record = language_head(base), record_of(base)
         super().__init__(base, causal_config(policy, base.name_or_path or ""))
-        self.language_head = language_head
+        self.language_head, self.base_record = head, record
         self.active_role = Role.POLICY
         self.heads: Any = nn.ModuleDict()
         self.reward_scales: dict[str, RewardScale] = {}
@@ -187,6 +190,7 @@ class SwitchedModel(PeftModelForCausalLM):
 
         Raises:
             ValueError: They have other names or shapes than the adapter's.
+            RuntimeError: The adapter does not have them afterwards.
         """
         own = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
         wrong = sorted(set(own) ^ set(weights)) or [k for k in own if own[k].shape != weights[k].shape]
@@ -196,6 +200,8 @@ class SwitchedModel(PeftModelForCausalLM):
                 f"or shape, first {wrong[0]!r}. It was trained on another base or with other target_modules."
             )
         set_peft_model_state_dict(self, weights, adapter_name=name)
+        own = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
+        check_equal(own, weights, f"the {self._adapters[name].value} adapter")
 
     def prepare_adapters(self) -> None:
         """Let policy and critic be trained and nothing else, and find the layers that the switch acts on.

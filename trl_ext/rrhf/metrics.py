@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from trl_ext.ops.precision import sum_dtype
 from trl_ext.rrhf.losses import best_responses, ordered_pairs
 
 Ratio = tuple[Tensor | float, Tensor | float]
@@ -35,8 +36,8 @@ class RunningMeans:
         names = sorted(self.sums)
         if not names:
             return {}
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        total = reduce(torch.tensor([self.sums[name] for name in names], dtype=dtype, device=device)).tolist()
+        sums = torch.tensor([self.sums[name] for name in names], dtype=sum_dtype(device), device=device)
+        total = reduce(sums).tolist()
         self.sums.clear()
         means = {name: a / b for name, (a, b) in zip(names, total, strict=True) if b > 0}
         return {k: math.exp(min(v, 50.0)) if k.startswith("perplexity") else v for k, v in means.items()}
@@ -65,12 +66,13 @@ def ranking_metrics(
     wrong = pairs & (scores[:, None] > scores[None, :])
     tied = (group[:, None] == group[None, :]) & (scores[:, None] == scores[None, :])
     prompts, owner = group.unique(return_inverse=True)
+    dtype = sum_dtype(scores.device)
 
     def per_prompt(matrix: Tensor) -> Tensor:
-        zeros = torch.zeros(len(prompts), dtype=torch.float64, device=scores.device)
-        return zeros.index_add(0, owner, matrix.sum(1).double())
+        zeros = torch.zeros(len(prompts), dtype=dtype, device=scores.device)
+        return zeros.index_add(0, owner, matrix.sum(1).to(dtype))
 
-    size = owner.bincount().double()
+    size = owner.bincount().to(dtype)
     ordered_by_score = (size * size - per_prompt(tied)) / 2
     normalizer = (per_prompt(pairs) * ordered_by_score).sqrt()
     tau = (per_prompt(right) - per_prompt(wrong)) / normalizer.clamp(min=1e-9)

@@ -17,6 +17,7 @@ from trl_ext.roles import (
     SharedBaseModel,
     can_share_prompts,
     column_limit,
+    disable_dropout,
     load_base_config,
     max_positions,
     shared_base_model,
@@ -122,9 +123,7 @@ class RRHFTrainer(Trainer):
         set_seed(args.seed)
         model = shared_base_model(model, peft_config, quantization_config, with_critic=False, **init_kwargs)
         if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
+            disable_dropout(model)
 
         # 3. transformers' loop
         super().__init__(
