@@ -111,6 +111,40 @@ def test_reasoning_that_the_policy_wrote_stays_and_a_missing_block_is_rendered()
     assert encoder.tokenizer.decode(without[len(prompt_ids) :]) == "<think>\n\n</think>\n\nYes<|im_end|>\n"
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_8", "gptoss", "muse_glimmer", "qwen2_5", "gemma3"])
+def test_cut_and_ended_responses_have_one_form_that_of_samples(name):
+    encoder = TextEncoder(chat.shipped_tokenizer(name))
+    words = encoder.tokenizer("Yes", add_special_tokens=False)["input_ids"]
+    assert encoder.response_ids(USER, "Yes", ended=False) == words
+    assert encoder.response_ids(USER, "Yes") == [*words, encoder.end_ids[0]] == sampled(encoder, "Yes")
+
+
+def test_a_template_without_an_end_gets_the_one_that_samples_have():
+    template = "{% for m in messages %}\n{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    template += "{% if add_generation_prompt %}\nassistant: {% endif %}"
+    encoder = TextEncoder(chat.tokenizer_of(template, "<|end|>"))
+    assert encoder.response_ids(USER, "Yes") == sampled(encoder, "Yes")
+    read = encoder.scored_ids(USER, encoder.prompt_ids(USER), sampled(encoder, "Yes"))
+    assert read == encoder.rendered_ids(USER, "Yes")  # as RewardTrainer, which adds none to a conversation
+
+
+@pytest.mark.parametrize("name", [name for name in chat.shipped() if not name.startswith("glm4moe")])
+def test_blanks_around_an_answer_are_read_as_they_were_trained(name):
+    encoder = TextEncoder(chat.shipped_tokenizer(name))
+    answer = " Yes\n"
+    ids = encoder.scored_ids(USER, encoder.prompt_ids(USER), sampled(encoder, answer))
+    wanted = encoder.rendered_ids(USER, answer)
+    assert ids == wanted
+    longest = len(encoder.prompt_ids(USER)) + len(sampled(encoder, answer)) + encoder.added_length(USER)
+    assert len(ids) <= longest + 2  # blanks between header and answer may be written twice
+
+
+def test_a_document_gets_one_end():
+    encoder = TextEncoder(chat.tokenizer_of(chat.CHATML, "<|im_end|>"))
+    for row in ({"text": "a<|im_end|>"}, {"text": "a"}, {"prompt": "", "completion": "a"}):
+        assert encoder.tokenizer.decode(encoder.document_ids(row)) == "a<|im_end|>"
+
+
 def test_options_of_the_template_reach_it():
     tokenizer = chat.shipped_tokenizer("qwen3")
     encoder = TextEncoder(tokenizer, chat_template_kwargs={"enable_thinking": False})
@@ -194,6 +228,7 @@ def test_small_helpers():
     assert until_end([5, 1, 7], [1]) == [5, 1]
     assert until_end([5, 7], [1]) == [5, 7]
     assert message_text([{"content": "a"}, {"content": None}, {"content": "b"}]) == "ab"
+    assert message_text([{"content": [{"type": "text", "text": "a"}, {"type": "image"}]}]) == "a"
     assert (longest(None, 64), longest(None, None), longest(32, 64)) == (64, 1024, 32)
     with pytest.raises(ValueError, match="max_length=65 exceeds the model's 64 positions"):
         longest(65, 64)

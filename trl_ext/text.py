@@ -45,11 +45,15 @@ class _Turn:
         behind: The part of the ending behind the end token, which a policy never samples.
         opening: Last word of what it writes between the assistant's header and the content, as "</think>" of an empty
             block of reasoning; "" where that is nothing, or blanks.
+        trims: Whether it takes blanks off the ends of the content.
+        added: Tokens that it writes around the content, behind the header; one of them is the end token, if it has one.
     """
 
     ending: list[int] | None
     behind: list[int]
     opening: str
+    trims: bool
+    added: int
 
 
 class TextEncoder:
@@ -113,7 +117,8 @@ class TextEncoder:
         """Tokens of a response as a policy would have sampled it, through its end token.
 
         They are what follows the prompt's tokens in the tokens of both together; where a token spans their border, the
-        response is tokenised alone, as generation would continue.
+        response is tokenised alone, as generation would continue. What a template writes between the assistant's header
+        and the content, as an empty block of reasoning, the policy has not sampled: it is left out.
 
         Args:
             prompt: The prompt.
@@ -128,8 +133,13 @@ class TextEncoder:
         text, special = self._prompt_text(prompt)
         if isinstance(prompt, str) and not isinstance(response, str):
             raise ValueError(f"{where}: a plain prompt needs plain responses, got {type(response).__name__}.")
-        if isinstance(prompt, str) or not ended:
+        turn = None if isinstance(prompt, str) else self._turn_of(prompt)
+        ending: list[int] | None = None  # where it is not in the text
+        if isinstance(prompt, str) or turn is None or not ended:
             whole = text + message_text(response)
+            ending = [self.tokenizer.eos_token_id]
+        elif turn.opening and turn.ending is not None and len(_as_messages(response)) == 1:
+            whole, ending = text + message_text(response), turn.ending
         else:
             whole = self._render([*prompt, *_as_messages(response)])
             if not whole.startswith(text):
@@ -145,10 +155,11 @@ class TextEncoder:
             ids = self.tokenizer(whole[len(text) :], add_special_tokens=False)["input_ids"]
         if not ended:
             return ids
-        if isinstance(prompt, str):
-            return ids if ids[-1:] == [self.tokenizer.eos_token_id] else [*ids, self.tokenizer.eos_token_id]
-        behind = self._turn_of(prompt).behind
-        return ids[: -len(behind)] if behind and ids[-len(behind) :] == behind else ids
+        if turn is not None and not turn.added:  # the template writes no end; what is sampled has one
+            ending = [self.tokenizer.eos_token_id]
+        if ending is not None and ids[-1:] != ending[:1]:
+            ids = [*ids, *ending]
+        return ids if turn is None else _without(ids, turn.behind)
 
     def rendered_ids(self, prompt: Prompt, response: str | Messages) -> list[int]:
         """Tokens of prompt and response as `trl.RewardTrainer` makes them; the score is read on `score_length`."""
@@ -163,17 +174,18 @@ class TextEncoder:
 
         It ends with its end token, and with nothing behind it.
         """
+        prompt: Any
         if "text" in row:
-            return [*self.tokenizer(row["text"])["input_ids"], self.tokenizer.eos_token_id]
-        if "messages" in row:
+            prompt, response = "", row["text"]
+        elif "messages" in row:
             prompt, response = row["messages"][:-1], row["messages"][-1:]
         else:
             prompt, response = row["prompt"], row["completion"]
         if isinstance(prompt, str):
-            return [*self.tokenizer(prompt + response)["input_ids"], self.tokenizer.eos_token_id]
+            ids, end = self.tokenizer(prompt + response)["input_ids"], self.tokenizer.eos_token_id
+            return ids if ids[-1:] == [end] else [*ids, end]
         ids = self.rendered_ids(prompt, response)
-        behind = self._turn_of(prompt).behind if prompt else []
-        return ids[: -len(behind)] if behind and ids[-len(behind) :] == behind else ids
+        return _without(ids, self._turn_of(prompt).behind) if prompt else ids
 
     # ------------------------------------------------------------------ responses that were sampled
 
@@ -186,8 +198,8 @@ class TextEncoder:
 
         The score is read on the last of them. A response that was cut stays as it is. One that ended gets, in place of
         its end token, what the template writes behind a turn (plain: the tokenizer's end token). Where the template
-        writes something before the content that the policy did not, as an empty block of reasoning, the text is
-        rendered anew.
+        writes something before the content that the policy did not, as an empty block of reasoning, or takes off blanks
+        that the policy wrote around its answer, the text is rendered anew.
         """
         ids = [*prompt_ids, *response_ids]
         if self.ended(response_ids):
@@ -196,16 +208,16 @@ class TextEncoder:
             else:
                 turn = self._turn_of(prompt)
                 written = self.tokenizer.decode(list(response_ids)) if turn.opening else ""
-                if turn.ending is not None and turn.opening in written:
+                text = self.response_text(prompt, prompt_ids, response_ids)
+                if turn.ending is not None and turn.opening in written and not (turn.trims and text != text.strip()):
                     ids[-1:] = turn.ending
                 else:
-                    ids = self.rendered_ids(prompt, self.response_text(prompt, prompt_ids, response_ids).strip())
+                    ids = self.rendered_ids(prompt, text)
         return ids[: self.score_length(ids)]
 
     def added_length(self, prompt: Prompt) -> int:
-        """Most tokens by which `scored_ids` is longer than prompt and response, where nothing is rendered anew."""
-        ending = None if isinstance(prompt, str) else self._turn_of(prompt).ending
-        return max(len(ending or []) - 1, 0)
+        """Most tokens by which `scored_ids` is longer than prompt and response, through its end token."""
+        return 0 if isinstance(prompt, str) else max(self._turn_of(prompt).added - 1, 0)
 
     def score_length(self, ids: Sequence[int]) -> int:
         """`score_length` for this tokenizer's padding."""
@@ -237,18 +249,29 @@ class TextEncoder:
         header, whole = self._prompt_text(prompt)[0], self._render([*prompt, *_as_messages(ANSWER)])
         start = whole.rfind(ANSWER)
         if start < 0:  # the template rewrites what an assistant says
-            return _Turn(None, [], "")
+            return _Turn(None, [], "", False, 0)
         opening = whole[len(header) : start].split() if whole.startswith(header) else []
         tokenize = {"add_special_tokens": False}
         tail: list[int] = self.tokenizer(whole[start + len(ANSWER) :], **tokenize)["input_ids"]
         ends = [i for i, token in enumerate(tail) if token in self.end_ids]
         ends = ends or [i for i, token in enumerate(tail) if token in self.tokenizer.all_special_ids]
-        behind = tail[ends[0] + 1 :] if ends else []
         before = self.tokenizer(whole[: start + len(ANSWER)], **tokenize)["input_ids"]
         joined = self.tokenizer(whole, **tokenize)["input_ids"] == [*before, *tail]
         bordered = not tail or (bool(ends) and ends[0] == 0)  # an end token never melts into the word before it
         parted = whole.startswith(header) and joined and bordered
-        return _Turn(tail if parted else None, behind, opening[-1] if opening else "")
+        alone = [len(self.tokenizer(part, **tokenize)["input_ids"]) for part in (header, ANSWER)]
+        return _Turn(
+            ending=tail if parted else None,
+            behind=tail[ends[0] + 1 :] if ends else [],
+            opening=opening[-1] if opening else "",
+            trims=f" {ANSWER}\n" not in self._render([*prompt, *_as_messages(f" {ANSWER}\n")]),
+            added=max(len(before) + len(tail) - sum(alone), 0),
+        )
+
+
+def _without(ids: list[int], behind: list[int]) -> list[int]:
+    """Token ids without what a template has put behind them."""
+    return ids[: -len(behind)] if behind and ids[-len(behind) :] == behind else ids
 
 
 def score_length(ids: Sequence[int], pad_id: int) -> int:
@@ -312,7 +335,9 @@ def message_text(response: str | Messages) -> str:
     """Words of a response that may be a list of messages."""
     if isinstance(response, str):
         return response
-    return "".join(str(message.get("content") or "") for message in response)
+    contents = [message.get("content") or "" for message in response]
+    parts = [[content] if isinstance(content, str) else content for content in contents]
+    return "".join(part if isinstance(part, str) else str(part.get("text") or "") for each in parts for part in each)
 
 
 def _as_messages(response: str | Messages) -> Messages:
@@ -360,11 +385,13 @@ def check_prompts(prompts: Sequence[Any], name: str) -> None:
     Raises:
         ValueError: What is wrong, with the number of the row.
     """
+    first: Any = None
     for row, prompt in enumerate(prompts):
         check_prompt(prompt, f"{name} row {row}")
-        if isinstance(prompt, str) != isinstance(prompts[0], str):
+        first = prompt if row == 0 else first
+        if isinstance(prompt, str) != isinstance(first, str):
             raise ValueError(
-                f"{name} mixes texts and conversations: row 0 is a {type(prompts[0]).__name__}, row {row} a "
+                f"{name} mixes texts and conversations: row 0 is a {type(first).__name__}, row {row} a "
                 f"{type(prompt).__name__}. Make them one kind: a text as [{{'role': 'user', 'content': text}}]."
             )
 
