@@ -10,6 +10,8 @@ from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
 )
@@ -250,3 +252,27 @@ def test_a_score_that_is_not_finite_and_a_sequence_without_positions_are_errors(
 def test_an_end_token_of_the_generation_config_ends_a_response_for_the_scorer(world):
     model = tiny.four_roles(world)  # its generation config names <eos>, 1, and <end>, 5
     assert ResponseScorer(model, tiny.tiny_tokenizer()).encoder.end_ids == [1, 5]
+
+
+def test_an_encoder_without_an_end_token_reads_texts_as_they_are(tmp_path):
+    config = BertConfig(vocab_size=18, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config.num_labels = 1
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).eval().save_pretrained(tmp_path)
+    tokenizer = tiny.tiny_tokenizer(eos_token=None, cls_token="<user>", sep_token="<end>")
+    tokenizer.save_pretrained(tmp_path)
+    reward = ClassifierReward(str(tmp_path))
+    with torch.no_grad():
+        inputs = tokenizer("w1 w2 w3", return_tensors="pt")
+        expected = reward.model(**inputs).logits[0, 0].item()
+    assert reward(["w1 w2"], [" w3"]) == pytest.approx([expected], abs=1e-6)
+    assert RewardSources(str(tmp_path), load_options={"dtype": torch.bfloat16}).functions
+
+
+def test_a_reward_adapter_by_its_folder_is_a_classifier_too(world):
+    reward = ClassifierReward(str(world / "reward"), tiny.tiny_tokenizer())
+    model = tiny.four_roles(world)
+    encoder = TextEncoder(tiny.tiny_tokenizer())
+    ids = encoder.rendered_ids("w1 w2", " w3")
+    expected = model.score(torch.tensor([ids]), torch.ones(1, len(ids)).long()).item()
+    assert reward(["w1 w2"], [" w3"]) == pytest.approx([expected], abs=1e-5)

@@ -387,3 +387,31 @@ def test_the_best_checkpoint_comes_back_with_all_its_roles(world, tmp_path):
     )
     for role in (Role.POLICY, Role.REWARD, Role.CRITIC):
         assert tiny.same(tiny.role_weights(saved, role), tiny.role_weights(trainer.model, role)), role
+
+
+@pytest.mark.parametrize("scheduler", ["cosine_with_min_lr", "polynomial", "linear"])
+def test_a_schedule_that_starts_with_the_policy_has_the_floor_that_was_asked_for(world, tmp_path, scheduler):
+    kwargs = {"cosine_with_min_lr": {"min_lr": 4e-3}, "polynomial": {"lr_end": 4e-3}}.get(scheduler, {})
+    options = {"lr_scheduler_type": scheduler, "lr_scheduler_kwargs": kwargs, "max_steps": 6, "learning_rate": 1e-2}
+    trainer = tiny.trainer(world, tmp_path, critic_warmup_steps=2, **options)
+    trainer.train()
+    policy = next(i for i, g in enumerate(trainer.optimizer.param_groups) if g.get("role") == "policy")
+    assert trainer.lr_scheduler.get_last_lr()[policy] == pytest.approx(4e-3 if kwargs else 0.0, abs=1e-9)
+
+
+def test_dropout_that_is_no_module_is_switched_off(world, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(world / "base", attention_dropout=0.5)
+    trainer = tiny.trainer(world, tmp_path, model=base, reward_funcs=tiny.count_words)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_several_evaluation_sets_have_names_of_their_own(world, tmp_path):
+    sets = {"a": tiny.prompts(4), "b": tiny.prompts(8).select(range(4, 8))}
+    trainer = tiny.trainer(world, tmp_path, eval_dataset=sets, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert {"eval_a_reward", "eval_b_reward", "eval_a_kl", "eval_b_completions/mean_length"} <= logged
+    assert "eval_reward" not in logged
+    found = trainer.evaluate(sets["a"])
+    assert "eval_reward" in found

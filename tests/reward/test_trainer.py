@@ -610,3 +610,23 @@ def test_rows_longer_than_the_models_positions_are_left_out_and_counted(base, tm
     rows = runs.Dataset.from_list([*runs.pairs(4), {"prompt": "w0", "chosen": " w1" * 70, "rejected": " w2"}])
     trainer = runs.trainer(base, tmp_path, dataset=rows)
     assert trainer.reports["train_dataset"].dropped == {"longer than the model's 64 positions": 1}
+
+
+def test_dropout_that_is_no_module_is_switched_off(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base, attention_dropout=0.5)
+    trainer = RewardModelTrainer(model, runs.config(tmp_path), runs.pairs(), peft_config=tiny.lora("SEQ_CLS"))
+    runs.randomize(trainer.model)
+    parts = runs.batch(trainer, ROWS)["parts"]
+    trainer.model.train()
+    first, second = (trainer.model(parts=parts)["scores"] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_the_first_of_several_evaluation_sets_is_evaluated(base, tmp_path):
+    trainer = runs.trainer(base, tmp_path, eval_dataset={"a": runs.pairs(4, seed=3), "b": runs.pairs(5, seed=4)})
+    assert trainer.evaluate_pairs()["count"] == 4
+
+
+def test_columns_that_render_each_row_in_its_own_way_are_refused(base, tmp_path):
+    with pytest.raises(ValueError, match=r"train_dataset has the columns \['tools'\]"):
+        runs.trainer(base, tmp_path, dataset=runs.pairs(4, tools=["[]"] * 4))

@@ -251,6 +251,16 @@ def test_prompts_must_leave_room_for_a_response(world, tmp_path):
         online(world, tmp_path, max_length=8)
 
 
+def test_what_the_template_puts_behind_a_sample_needs_room_too(world, tmp_path):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace(" <end> ", " <end> w11 w11 ")
+    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": "w1 " * 20}]] * 4})
+    options = {"dataset": data, "processing_class": tokenizer, "model": tuned(world, reward=True), "reward_funcs": None}
+    with pytest.raises(ValueError, match="leaves 5 of max_length=32 for a response, which needs 6"):
+        online(world, tmp_path, max_length=32, **options)
+    online(world, tmp_path, max_length=33, **options)
+
+
 def test_the_card_shows_the_course_of_the_reward(world, tmp_path):
     run = online(world, tmp_path)
     run.train()

@@ -317,3 +317,21 @@ def test_bad_datasets_are_named(model, tokenizer, tmp_path):
     bad = prompts(2).add_column("scores", [1, 2])
     with pytest.raises(ValueError, match="has scores already"):
         sample_responses(model, tokenizer, bad, path, args, scorer(tokenizer))
+
+
+def test_options_of_the_chat_template_reach_the_samples_and_the_settings(world, model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ '<assistant>' }}", "{{ '<assistant> ' + mark }}")
+    dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": "w1"}]] * 2})
+    args, seen = SamplingConfig(sampling_methods=["temperature:1"], max_new_tokens=3), []
+
+    def scorer(samples):
+        seen.extend(row.prompt_ids for row, _ in samples)
+        return [0.0] * len(samples)
+
+    encoder = TextEncoder(tokenizer, ENDS, {"mark": "w7"})
+    sample_responses(model, encoder, dataset, tmp_path / "r.jsonl", args, scorer)
+    assert {tokenizer.decode(ids) for ids in seen} == {"<user> w1 <end> <assistant> w7"}
+    other = TextEncoder(tokenizer, ENDS, {"mark": "w8"})
+    with pytest.raises(ValueError, match="chat_template_kwargs"):
+        sample_responses(model, other, dataset, tmp_path / "r.jsonl", args, scorer)

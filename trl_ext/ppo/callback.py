@@ -123,12 +123,14 @@ def start_schedule_with_policy(scheduler: Any, args: Any, ppo_state: PPOState, s
         ppo_state: Knows the first step.
         steps: Optimizer steps of the run.
     """
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # inside accelerate's, under DeepSpeed
     if not isinstance(scheduler, LambdaLR):
         return
 
     @cache
     def schedule_of(steps: int) -> Callable[[int], float]:
-        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        # Schedules with a floor divide it by the optimizer's learning rate
+        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
         warmup = args.get_warmup_steps(steps)
         options = {"num_warmup_steps": warmup, "num_training_steps": steps}
         made = get_scheduler(

@@ -20,7 +20,14 @@ from trl_ext.ppo.losses import policy_loss, value_loss
 from trl_ext.ppo.rollout import Rollout, collect
 from trl_ext.ppo.state import PPOState
 from trl_ext.report.cards import write_card
-from trl_ext.roles import Role, SharedBaseModel, load_base_config, max_positions, shared_base_model
+from trl_ext.roles import (
+    Role,
+    SharedBaseModel,
+    disable_dropout,
+    load_base_config,
+    max_positions,
+    shared_base_model,
+)
 from trl_ext.runs import RunGuard, check_finite, check_not_sharded
 from trl_ext.scoring import RewardSource, RewardSources
 from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer
@@ -115,12 +122,15 @@ class PPOMaxTrainer(RLOOTrainer):
             has_reward_role=has_reward_role,
             processing_classes=reward_processing_classes,
             device=args.device,
+            load_options=init_kwargs,
         )
         self._ptx = None if ptx_dataset is None else ptx_batches(ptx_dataset, self.encoder, args)
 
         # 2. One base, four roles
         set_seed(args.seed)
         model = shared_base_model(model, peft_config, quantization_config, **init_kwargs)
+        if args.disable_dropout:
+            disable_dropout(model)
         args.choose_optim(quantised=getattr(model.get_base_model(), "is_quantized", False))
         if args.use_transformers_continuous_batching:
             model.check_continuous_batching()
@@ -145,6 +155,7 @@ class PPOMaxTrainer(RLOOTrainer):
             rates = {Role.POLICY: args.learning_rate, Role.CRITIC: args.critic_learning_rate or 0.0}
             optimizer, kwargs = self.get_optimizer_cls_and_kwargs(args)
             self.optimizer = optimizer(model.parameter_groups(rates, args.weight_decay), **kwargs)
+        self._evaluated_set = ""  # name of the one that is being evaluated, of several
         self.timer = logging.PhaseTimer()
         self.ppo_state = PPOState.of_run(args)
         self.add_callback(
@@ -169,7 +180,8 @@ class PPOMaxTrainer(RLOOTrainer):
     ) -> Any:
         """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
         others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
-        resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), others)
+        own_files = not self.is_deepspeed_enabled  # DeepSpeed keeps optimizer and schedule in files of its own
+        resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), others, own_files)
         return super().train(resume, trial, ignore_keys_for_eval)
 
     # ------------------------------------------------------------------ the first seam: rollout
@@ -269,13 +281,32 @@ class PPOMaxTrainer(RLOOTrainer):
         self.record(logging.average_over_processes(stats))
         return torch.stack(list(terms.values())).sum()
 
-    # ------------------------------------------------------------------ further overrides: the end, and the card
+    # ------------------------------------------------------------------ further overrides: the end, sets, the card
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one optimizer step; none once the run has all its steps, as when a finished one is resumed."""
         if self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `Trainer.evaluate`; of several sets each has names of its own, `eval_<set>_reward` and so on."""
+        before, self._evaluated_set = self._evaluated_set, metric_key_prefix.removeprefix("eval").removeprefix("_")
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._evaluated_set = before
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `RLOOTrainer.log`, which knows no sets."""
+        if self._evaluated_set and not self.model.training:
+            metrics = self._metrics["eval"]
+            renamed = {f"{self._evaluated_set}_{name}": values for name, values in metrics.items()}
+            metrics.clear()
+            metrics.update(renamed)
+        super().log(logs, start_time)
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

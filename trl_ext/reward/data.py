@@ -64,6 +64,12 @@ def check_columns(dataset: Any, name: str, args: RewardModelConfig) -> None:
             f"{name} has the columns {sorted(columns)}: it needs `chosen` and `rejected` (and `prompt`), or `prompt`, "
             "`responses` and `scores`. trl_ext.data.load_preferences converts public sets."
         )
+    ignored = sorted(columns & {"tools", "chat_template_kwargs"})
+    if ignored:
+        raise ValueError(
+            f"{name} has the columns {ignored}, with which RewardTrainer would render each row in its own way: a "
+            "reward role could not read samples so. Remove them: dataset.remove_columns(...)."
+        )
     if name != TRAINING:  # what is only evaluated or scored needs no margin
         return
     if args.margin_column is not None and args.margin_column not in columns:

@@ -29,7 +29,7 @@ from trl_ext.reward.data import TRAINING, overlap, prepare_tokenizer, tokenize_p
 from trl_ext.reward.losses import centering_losses, imitation_loss, pair_losses
 from trl_ext.reward.metrics import evaluate_pairs
 from trl_ext.reward.scoring import make_collator, response_lengths, score_batches
-from trl_ext.roles import RewardModel, RewardScale, load_base, load_base_config, max_positions
+from trl_ext.roles import RewardModel, RewardScale, disable_dropout, load_base, load_base_config, max_positions
 from trl_ext.runs import RunGuard, check_finite, check_not_sharded
 from trl_ext.text import TextEncoder, load_tokenizer
 
@@ -123,6 +123,8 @@ class RewardModelTrainer(RewardTrainer):
             raise ValueError("quantization_config is for a model given by id; this one is loaded already: drop it.")
         if not isinstance(model, RewardModel):
             model = RewardModel(model, peft_config)
+        if args.disable_dropout:
+            disable_dropout(model)
         collator = make_collator(model, processing_class, args.share_prompts)
 
         # 3. TRL's loop
@@ -145,9 +147,16 @@ class RewardModelTrainer(RewardTrainer):
         self.add_callback(_ScaleOfScores(self))
         self.add_callback(RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
-        return super().train(checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir)), *args, **kwargs)
+        own_files = not self.is_deepspeed_enabled  # DeepSpeed keeps optimizer and schedule in files of its own
+        resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), with_optimizer=own_files)
+        return super().train(resume, trial, ignore_keys_for_eval)
 
     # ------------------------------------------------------------------ the seam: loss
 
@@ -252,11 +261,14 @@ class RewardModelTrainer(RewardTrainer):
         """All of `reward.metrics.evaluate_pairs`, kept for the model card.
 
         Args:
-            dataset: rows to score. Default: `eval_dataset`.
+            dataset: rows to score. Default: `eval_dataset`, the first of several.
             scores: what `score` has returned for them, where it has been called already.
         """
         if scores is None:
-            scores = self.score(self.eval_dataset if dataset is None else dataset)
+            held_out: Any = self.eval_dataset
+            if isinstance(held_out, dict):
+                held_out = next(iter(held_out.values()))
+            scores = self.score(held_out if dataset is None else dataset)
         self.evaluation = evaluate_pairs(**{name: values for name, values in scores.items() if name != "rows"})
         return self.evaluation
 

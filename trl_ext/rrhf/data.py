@@ -73,6 +73,7 @@ def encode_dataset(
     max_length: int,
     min_room: int = 1,
     needs_responses: bool = True,
+    scored: bool = False,
     num_proc: int | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Tokenise a dataset with columns `prompt`, `responses` and `scores`; what is counted is logged once.
@@ -86,6 +87,7 @@ def encode_dataset(
         max_length: Tokens of prompt and response; longer responses are cut.
         min_room: Tokens of these that a prompt must leave for a response.
         needs_responses: False where responses are sampled online: rows may then have none.
+        scored: Whether a reward role reads the samples, with what a chat template writes around them.
         num_proc: Processes.
 
     Returns:
@@ -106,7 +108,7 @@ def encode_dataset(
         raise ValueError(f"{name} has no column {', '.join(missing)}, only {dataset.column_names}. Add or rename it.")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: give at least one row.")
-    settings = {"max_length": max_length, "min_room": min_room, "needs_responses": needs_responses}
+    settings = {"max_length": max_length, "min_room": min_room, "needs_responses": needs_responses, "scored": scored}
     dropped = [column for column in ("responses", "scores", "truncated") if column in dataset.column_names]
     kept = {column: kind for column, kind in dataset.features.items() if column not in dropped}
     encoded = dataset.map(
@@ -137,6 +139,7 @@ def _encode_row(
     max_length: int,
     min_room: int,
     needs_responses: bool,
+    scored: bool,
 ) -> dict[str, Any]:
     """One row's tokens, and how often each of `COUNTED` occurs in it."""
     where = f"{name} row {index}"
@@ -159,7 +162,7 @@ def _encode_row(
     if bad:
         raise ValueError(f"{where} has the score {bad[0]!r}: give finite numbers, or drop the response.")
     prompt_ids = encoder.prompt_ids(prompt)
-    room = max_length - len(prompt_ids)
+    room = max_length - len(prompt_ids) - (encoder.added_length(prompt) if scored else 0)
     if room < min_room:
         raise ValueError(
             f"{where}: a prompt of {len(prompt_ids)} tokens leaves {max(room, 0)} of max_length={max_length} for a "

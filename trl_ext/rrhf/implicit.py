@@ -27,7 +27,7 @@ class ImplicitReward:
 
     Args:
         model: The policy; with `beta` the reference counts too. `roles.tuned_policy` loads both after a training.
-        tokenizer: Has an eos token, and a chat template where prompts are conversations.
+        tokenizer: Has an eos token, and a chat template where prompts are conversations; or a `TextEncoder` of it.
         beta: None scores by the policy alone.
         length_penalty: Default: 1 without beta, as RRHF ranks; 0 with it, as DPO does.
         batch_size: Responses in one pass.
@@ -62,7 +62,9 @@ class ImplicitReward:
             raise ValueError(f"batch_size={batch_size!r} must be at least 1.")
         self.__name__ = name
         self.model = model
-        self.encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, model.generation_config))
+        if not isinstance(tokenizer, TextEncoder):
+            tokenizer = TextEncoder(tokenizer, end_token_ids(tokenizer, model.generation_config))
+        self.encoder = tokenizer
         self.beta, self.length_penalty, self.batch_size = beta, length_penalty, batch_size
         self.max_length = longest(max_length, max_positions(model.config))
         self.share = can_share_prompts(model.backbone)

@@ -146,7 +146,7 @@ def sample_responses(
 
     Args:
         model: The policy samples.
-        tokenizer: Has an eos token.
+        tokenizer: The model's, or a `TextEncoder` of it, which may have options of the chat template.
         dataset: Column `prompt`, plain or conversational, and `args.response_columns`.
         path: The jsonl file.
         args: How.
@@ -156,7 +156,9 @@ def sample_responses(
     Raises:
         ValueError: A file of other settings or prompts, a missing column, or a prompt that leaves no room.
     """
-    encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, model.generation_config))
+    encoder = tokenizer
+    if not isinstance(tokenizer, TextEncoder):
+        encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, model.generation_config))
     missing = [name for name in ("prompt", *args.response_columns) if name not in dataset.column_names]
     if missing:
         raise ValueError(f"the dataset has no column {', '.join(missing)}, only {dataset.column_names}.")
@@ -167,6 +169,8 @@ def sample_responses(
             "to keep them as further responses, and remove or rename the others."
         )
     decided = {k: v for k, v in dataclasses.asdict(args).items() if k != "sampling_batch_size"}
+    if encoder.chat_template_kwargs:
+        decided["chat_template_kwargs"] = encoder.chat_template_kwargs
     log = ResponseLog(path, decided | (settings or {}))
     _check_prompts(log, dataset)
     report = SamplingReport(resumed=len(log.done), torn=log.torn)
@@ -218,7 +222,8 @@ def _sample_batch(
         columns = dict(dataset[index])
         check_prompt(columns["prompt"], f"row {index}")
         prompt_ids = encoder.prompt_ids(columns["prompt"])
-        if not prompt_ids or (positions is not None and len(prompt_ids) + args.max_new_tokens > positions):
+        longest = len(prompt_ids) + args.max_new_tokens + encoder.added_length(columns["prompt"])
+        if not prompt_ids or (positions is not None and longest > positions):
             raise ValueError(
                 f"row {index}: a prompt of {len(prompt_ids)} tokens and max_new_tokens={args.max_new_tokens} do not "
                 f"fit the model's {positions} positions. Lower max_new_tokens, or drop such rows."

@@ -95,11 +95,8 @@ class RRHFTrainer(Trainer):
         # 1. Everything that can be wrong without a model
         kept = {k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs}
         tokenizer: Any = processing_class or load_tokenizer(base_name, **kept)
-        ends, template_options = (
-            end_token_ids(tokenizer, load_generation_config(model, **kept)),
-            args.chat_template_kwargs,
-        )
-        self.encoder = TextEncoder(tokenizer, ends, template_options)  # type: ignore[arg-type]  # a dict by now
+        template: Any = args.chat_template_kwargs
+        self.encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, load_generation_config(model, **kept)), template)
         config = load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config
         max_length = longest(args.max_length, max_positions(config))
         self.data_counts: dict[str, DataReport] = {}
@@ -112,8 +109,9 @@ class RRHFTrainer(Trainer):
                 has_reward_role=has_role,
                 processing_classes=reward_processing_classes,
                 device=args.device,
+                load_options=init_kwargs,
             )
-            online = {"needs_responses": False, "min_room": args.max_completion_length}
+            online = {"needs_responses": False, "min_room": args.max_completion_length, "scored": has_role}
             train_dataset = self._encode(train_dataset, "train_dataset", **settings, **online)
         else:
             train_dataset = self._encode(train_dataset, "train_dataset", **settings)
@@ -154,11 +152,17 @@ class RRHFTrainer(Trainer):
         self.add_callback(RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks))
         model.model_card = self._card
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
         others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
-        resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), others)
-        return super().train(resume, *args, **kwargs)
+        own_files = not self.is_deepspeed_enabled  # DeepSpeed keeps optimizer and schedule in files of its own
+        resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), others, own_files)
+        return super().train(resume, trial, ignore_keys_for_eval)
 
     # ------------------------------------------------------------------ the loss
 
@@ -200,7 +204,7 @@ class RRHFTrainer(Trainer):
             terms["kl_loss"] = args.beta * losses["kl_loss"]
             found |= metrics.kl_metrics(logps, reference_logps, mask)
 
-        # 3. No silent nonsense
+        # 3. A loss that is not finite ends the run before it reaches the weights
         check_finite("loss", terms, self.state.global_step, str(args.output_dir), self.model)
         found |= metrics.means(losses, len(inputs["rows"]))
         self.running_means["train" if training else "eval"].add(found)

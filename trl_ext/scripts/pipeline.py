@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from trl_ext.ppo.data import check_inputs
     from trl_ext.roles import load_base_config, max_positions
-    from trl_ext.text import TextEncoder, end_token_ids
+    from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
 
     check_output_dir(str(training.output_dir))
     resume = resume_of(recipe, training)
@@ -339,10 +339,11 @@ def main(arguments: list[str] | None = None) -> None:
     train, test = load_preference_splits(recipe, training.seed, printer())
     tokenizer = tokenizer_of(model_args, training, truncation_side="left", padding_side="left")
     options: Any = training.chat_template_kwargs
-    plain = TextEncoder(tokenizer, None, options)
-    prompts = [prompts_of(rows, plain, recipe.max_prompt_length) for rows in (train, test)]
+    ends = end_token_ids(tokenizer, load_generation_config(str(model_args.model_name_or_path)))
+    encoder = TextEncoder(tokenizer, ends, options)
+    prompts = [prompts_of(rows, encoder, recipe.max_prompt_length) for rows in (train, test)]
     config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
-    check_inputs(training, plain, max_positions(config), prompts[0], prompts[1], None, scored=True)
+    check_inputs(training, encoder, max_positions(config), prompts[0], prompts[1], None, scored=True)
     training.choose_optim(quantised=model_args.load_in_4bit or model_args.load_in_8bit)
     base = load_causal_base(model_args, training)
     train_rewards(recipe, training, model_args, base, (tokenizer, train, test))
@@ -352,8 +353,6 @@ def main(arguments: list[str] | None = None) -> None:
     if not trainer.is_world_process_zero():
         return
     print("Both policies answer the test prompts ...", flush=True)
-    ends = end_token_ids(tokenizer, base.generation_config)
-    encoder = TextEncoder(tokenizer, ends, options)
     judged = prompts[1][: recipe.judged_prompts]["prompt"]
     report(trainer, judge(trainer, encoder, judged, member_folders(recipe, training)[1:]))
 

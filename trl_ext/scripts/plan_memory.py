@@ -170,7 +170,8 @@ def make_plan(recipe: PPOArguments, training: PPOMaxConfig, model_args: Any, giv
     The sequences in an optimizer step and in a rollout batch stay as they are, so that learning does.
     """
     config = memory.load_config(model_args.model_name_or_path, **config_options(model_args, training))
-    encoder = TextEncoder(tokenizer_of(model_args, training))
+    options: Any = training.chat_template_kwargs
+    encoder = TextEncoder(tokenizer_of(model_args, training), None, options)
     brought = {Role.REFERENCE: recipe.policy_adapter, Role.REWARD: recipe.reward_adapter}
     setup = make_setup(
         config,

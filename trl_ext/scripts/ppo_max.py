@@ -116,7 +116,7 @@ def real_inputs(
     from trl_ext.ppo.data import check_inputs
     from trl_ext.roles import load_base_config, max_positions
     from trl_ext.scripts.plan_memory import plan_of_run
-    from trl_ext.text import TextEncoder
+    from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
 
     functions = load_reward_functions(recipe.reward_funcs, training.reward_weights)
     train, test = load_prompts(recipe)
@@ -125,7 +125,8 @@ def real_inputs(
     config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
     tokenizer = tokenizer_of(model_args, training, truncation_side="left", padding_side="left")
     options: Any = training.chat_template_kwargs
-    encoder = TextEncoder(tokenizer, None, options)
+    ends = end_token_ids(tokenizer, load_generation_config(str(model_args.model_name_or_path)))
+    encoder = TextEncoder(tokenizer, ends, options)
     check_inputs(training, encoder, max_positions(config), train, test, ptx, scored=bool(recipe.reward_adapter))
     training.choose_optim(quantised=quantization_of(model_args, training) is not None)  # the plan counts its states
     plan = None

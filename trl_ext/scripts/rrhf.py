@@ -147,7 +147,7 @@ def check_room(
         ValueError: It has not, for the row that is named.
     """
     from trl_ext.roles import load_base_config, max_positions
-    from trl_ext.text import TextEncoder
+    from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
 
     positions = max_positions(
         load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
@@ -156,19 +156,21 @@ def check_room(
         return
     room = training.max_completion_length if training.online else sampling.max_new_tokens
     flag = "max_completion_length" if training.online else "max_new_tokens"
-    encoder = TextEncoder(tokenizer, None, training.chat_template_kwargs)  # type: ignore[arg-type]  # a dict by now
+    options: Any = training.chat_template_kwargs
+    ends = end_token_ids(tokenizer, load_generation_config(str(model_args.model_name_or_path)))
+    encoder = TextEncoder(tokenizer, ends, options)
     for name, dataset in (("training", train), ("test", test)):
         lengths = encoder.prompt_lengths(dataset["prompt"])
         row = max(range(len(lengths)), key=lengths.__getitem__)
         wanted = room if name == "test" or not set(train.column_names) >= RESPONSES or training.online else 1
-        if lengths[row] + wanted > positions:
+        if lengths[row] + wanted + encoder.added_length(dataset[row]["prompt"]) > positions:
             raise ValueError(
                 f"{name} row {row}: a prompt of {lengths[row]} tokens and a response of {wanted} (--{flag}) exceed the "
                 f"model's {positions} positions. Lower --{flag}, or drop prompts of that length."
             )
 
 
-def with_responses(model: Any, tokenizer: Any, train: Any, scorer: Any, parts: tuple[Any, ...]) -> Any:
+def with_responses(model: Any, encoder: Any, train: Any, scorer: Any, parts: tuple[Any, ...]) -> Any:
     """The dataset to train on: as it is if it has responses and scores, or is trained online; else sampled now."""
     from accelerate import PartialState
 
@@ -186,7 +188,7 @@ def with_responses(model: Any, tokenizer: Any, train: Any, scorer: Any, parts: t
         if training.reward_weights is not None or training.reward_role_weight != 1:
             weights = (training.reward_weights, training.reward_role_weight)
             settings |= {"reward_weights": weights[0], "reward_role_weight": weights[1]}
-        show_report(sample_responses(model, tokenizer, train, path, sampling, scorer, settings), path)
+        show_report(sample_responses(model, encoder, train, path, sampling, scorer, settings), path)
     state.wait_for_everyone()
     return load_responses(path)
 
@@ -209,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     options: Any = training.chat_template_kwargs
     encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, model.generation_config), options)
     scorer = ResponseScorer(model, encoder, functions, **weights)
-    train = with_responses(model, tokenizer, train, scorer, (recipe, training, sampling))
+    train = with_responses(model, encoder, train, scorer, (recipe, training, sampling))
 
     online: Any = {"reward_funcs": functions or None} if training.online else {}
     held_out = test if training.eval_strategy != "no" else None

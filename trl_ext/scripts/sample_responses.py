@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     if torch.cuda.is_available() and not getattr(model.get_base_model(), "is_quantized", False):
         model = model.to("cuda")
     scorer = ResponseScorer(
-        model if recipe.reward_adapter else None,
+        model,
         tokenizer,
         functions,
         reward_weights=recipe.reward_weights,
@@ -106,6 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     names = ("policy_adapter", "reward_adapter", "ensemble", "ensemble_coef", "reward_funcs", "reward_weights")
     settings = {name: getattr(recipe, name) for name in names} | {"model": model_args.model_name_or_path}
+    if model_args.model_revision not in (None, "main"):
+        settings["model_revision"] = model_args.model_revision
     report = sample_responses(model, tokenizer, dataset, recipe.output, sampling, scorer, settings)
     show_report(report, recipe.output)
 
