@@ -269,6 +269,14 @@ def test_dropout_that_is_left_on_is_found_before_the_first_update(world, tmp_pat
     assert trainer.state.global_step == (2 if disable_dropout else 0)
 
 
+def test_dropout_that_is_no_module_is_switched_off(world, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(world / "base", attention_dropout=0.5)
+    assert base.config.attention_dropout == 0.5
+    trainer = tiny.trainer(world, tmp_path, model=base, reward_funcs=tiny.count_words, peft_config=tiny.lora())
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_sampling_that_is_off_policy_is_warned_about(world, tmp_path):
     with pytest.warns(UserWarning, match="top_p, top_k, repetition_penalty change the distribution"):
         tiny.trainer(world, tmp_path, top_p=0.9, top_k=5, repetition_penalty=1.1)

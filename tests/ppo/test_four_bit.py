@@ -1,7 +1,6 @@
 """PPO-Max on a 4-bit base with double quantisation, on a CPU: every step of a run, and what the card decides."""
 
 import copy
-import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +12,11 @@ from trl import ModelConfig
 from tests.layout import packed
 from tests.ppo import tiny
 from trl_ext import PPOMaxConfig, RewardModelConfig, Role, RRHFConfig, SharedBaseModel, runs
-from trl_ext.ops import precision
 from trl_ext.ops.precision import best_dtype
 from trl_ext.ppo import config as config_module
 from trl_ext.roles import base as base_module
 from trl_ext.roles import load_base
+from trl_ext.scripts import models
 
 pytest.importorskip("bitsandbytes")
 
@@ -256,13 +255,11 @@ def test_on_a_card_without_bfloat16_a_base_in_bfloat16_is_loaded_in_float16(monk
         ("float32", {"bf16": True, "fp16": False}, torch.float32),
     ],
 )
-def test_in_the_recipes_a_4_bit_base_computes_in_what_the_run_does(monkeypatch, repo_root, dtype, training, expected):
-    monkeypatch.syspath_prepend(str(repo_root / "recipes"))
-    common = importlib.import_module("common")
-    monkeypatch.setattr(precision, "best_dtype", lambda: torch.bfloat16)
+def test_in_the_recipes_a_4_bit_base_computes_in_what_the_run_does(monkeypatch, dtype, training, expected):
+    monkeypatch.setattr(models, "best_dtype", lambda: torch.bfloat16)
     flags = ModelConfig("base", load_in_4bit=True, use_bnb_nested_quant=True, dtype=dtype)
-    found = common.quantization_of(flags, training and SimpleNamespace(**training))
+    found = models.quantization_of(flags, training and SimpleNamespace(**training))
     assert found.bnb_4bit_compute_dtype == expected
     assert found.bnb_4bit_use_double_quant
     assert flags.dtype == dtype
-    assert common.quantization_of(ModelConfig("base", dtype=dtype)) is None
+    assert models.quantization_of(ModelConfig("base", dtype=dtype)) is None

@@ -516,12 +516,12 @@ def test_what_cannot_be_trained_is_an_error(base, tmp_path, options, error, matc
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"label_smoothing": 0.5}, "must be below 0.5"),
+        ({"label_smoothing": 0.5}, r"must be .* below 0\.5; at 0\.5 the labels say nothing"),
         ({"label_smoothing": -0.1}, "at least 0"),
-        ({"label_smoothing_on": "some"}, "label_smoothing_on='some' is unknown"),
+        ({"label_smoothing_on": "some"}, "label_smoothing_on='some' must be one of all, suspected"),
         ({"lm_coef": float("nan")}, "lm_coef=nan must be a number"),
         ({"margin": "1"}, "margin='1' must be a number"),
-        ({"normalization_samples": 1}, "must be at least 2"),
+        ({"normalization_samples": 1}, "must be a whole number of at least 2; normalize_rewards=False"),
         ({"remove_unused_columns": True}, "leave it False"),
         ({"pad_to_multiple_of": 8}, "no effect on packed rows"),
     ],

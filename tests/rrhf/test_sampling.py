@@ -296,7 +296,7 @@ def test_every_torn_end_is_removed(tmp_path):
         ({"sampling_methods": ["beam:2", "beam:3"]}, "each method once"),
         ({"sampling_methods": []}, "there would be no responses"),
         ({"sampling_temperature": 0.0}, r"sampling_temperature=0.0 must be"),
-        ({"sampling_top_p": 0.0}, r"sampling_top_p=0.0 must lie"),
+        ({"sampling_top_p": 0.0}, r"sampling_top_p=0.0 must be a number above 0 and at most 1"),
         ({"diversity_penalty": -1.0}, "diversity_penalty=-1.0 must be"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number"),
     ],

@@ -20,14 +20,7 @@ from trl_ext.ppo.losses import policy_loss, value_loss
 from trl_ext.ppo.rollout import Rollout, collect
 from trl_ext.ppo.state import PPOState
 from trl_ext.report.cards import write_card
-from trl_ext.roles import (
-    Role,
-    SharedBaseModel,
-    disable_dropout,
-    load_base_config,
-    max_positions,
-    shared_base_model,
-)
+from trl_ext.roles import Role, SharedBaseModel, disable_dropout, load_base_config, max_positions, shared_base_model
 from trl_ext.runs import RunGuard, check_finite, check_not_sharded
 from trl_ext.scoring import RewardSource, RewardSources
 from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer
@@ -134,6 +127,9 @@ class PPOMaxTrainer(RLOOTrainer):
         args.choose_optim(quantised=getattr(model.get_base_model(), "is_quantized", False))
         if args.use_transformers_continuous_batching:
             model.check_continuous_batching()
+
+        if args.disable_dropout:
+            disable_dropout(model)
 
         # 3. TRL's loop. What it does to the adapters on the way is undone.
         with model.adapters_kept():
