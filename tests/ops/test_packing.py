@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 from dataclasses import fields
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from accelerate.utils import find_batch_size, send_to_device
 from torch.distributed.utils import _to_kwargs
 from torch.utils.data import DataLoader
 
-from trl_ext.ops.packing import PART_OVERHEAD, by_sequence, in_order, pack
+from trl_ext.ops.packing import PART_OVERHEAD, _cuts, by_sequence, in_order, pack
 
 PAD = 99
 
@@ -254,3 +255,25 @@ def test_workers_of_a_loader_hand_batches_over():
 
 def collate(rows):
     return pack(*zip(*rows, strict=True), PAD)
+
+
+def test_no_groups_make_no_parts():
+    assert pack([], [], 0) == []
+
+
+@pytest.mark.parametrize("max_tokens", [None, 600])
+def test_cuts_lay_out_hardly_more_than_the_best_ones(max_tokens):
+    """Of all ways to cut 8 rows, in tokens and `PART_OVERHEAD` a part; over many draws the mean is within 2 %."""
+    generator, laid_out, fewest = random.Random(0), 0, 0
+    for _ in range(100):
+        widths = sorted(generator.randint(10, 500) for _ in range(8))
+
+        def cost(starts, widths=widths):
+            parts = [(stop - start, widths[stop - 1]) for start, stop in pairwise([*starts, len(widths)])]
+            fits = all(max_tokens is None or rows == 1 or rows * width <= max_tokens for rows, width in parts)
+            return sum(rows * width + PART_OVERHEAD for rows, width in parts) if fits else float("inf")
+
+        ways = ([0, *cuts] for k in range(8) for cuts in combinations(range(1, 8), k))
+        laid_out += cost(_cuts(widths, max_tokens))
+        fewest += min(map(cost, ways))
+    assert fewest <= laid_out < 1.02 * fewest

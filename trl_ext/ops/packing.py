@@ -184,19 +184,19 @@ def _common_prefix(group: Sequence[list[int]]) -> int:
 
 
 def _cuts(widths: list[int], max_tokens: int | None) -> list[int]:
-    """Where to cut rows of ascending width into parts, so that tokens, padding and `PART_OVERHEAD`, are fewest."""
-    best, cut = [0], [0]
-    for stop in range(1, len(widths) + 1):
+    """Where parts start: rows of ascending width are cut where that saves most padding, while it is worth a pass."""
+    starts, uncut = [], [(0, len(widths))] if widths else []
+    while uncut:
+        first, stop = uncut.pop()
         width = widths[stop - 1]
-        first = 0 if max_tokens is None else max(stop - max(max_tokens // width, 1), 0)
-        costs = [best[start] + (stop - start) * width + PART_OVERHEAD for start in range(first, stop)]
-        best.append(min(costs))
-        cut.append(first + costs.index(best[-1]))
-    starts, stop = [], len(widths)
-    while stop > 0:
-        stop = cut[stop]
-        starts.append(stop)
-    return starts[::-1]
+        saved, cut = max(((i - first) * (width - widths[i - 1]), i) for i in range(first + 1, stop + 1))
+        if saved <= PART_OVERHEAD:
+            if max_tokens is None or stop - first <= max(max_tokens // width, 1):
+                starts.append(first)
+                continue
+            cut = stop - max(max_tokens // width, 1)
+        uncut += [(first, cut), (cut, stop)]
+    return sorted(starts)
 
 
 def _laid_out(rows: list[_Row], pad_token_id: int) -> PackedBatch:
