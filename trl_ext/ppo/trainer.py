@@ -122,8 +122,6 @@ class PPOMaxTrainer(RLOOTrainer):
         # 2. One base, four roles
         set_seed(args.seed)
         model = shared_base_model(model, peft_config, quantization_config, **init_kwargs)
-        if args.disable_dropout:
-            disable_dropout(model)
         args.choose_optim(quantised=getattr(model.get_base_model(), "is_quantized", False))
         if args.use_transformers_continuous_batching:
             model.check_continuous_batching()
