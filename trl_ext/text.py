@@ -37,23 +37,14 @@ LENGTHS_AT_A_TIME = 512
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """What a chat template writes around an assistant's last message.
+    """What a chat template writes around an assistant's last message."""
 
-    Attributes:
-        ending: Token ids behind the content, its end token and what follows; None where they cannot be put behind
-            sampled ids as they are, because no token border parts the two.
-        behind: The part of the ending behind the end token, which a policy never samples.
-        opening: Last word of what it writes between the assistant's header and the content, as "</think>" of an empty
-            block of reasoning; "" where that is nothing, or blanks.
-        trims: Whether it takes blanks off the ends of the content.
-        added: Tokens that it writes around the content, behind the header; one of them is the end token, if it has one.
-    """
-
+    # Token ids behind the content, its end token and what follows; None where no token border parts them from it
     ending: list[int] | None
-    behind: list[int]
-    opening: str
-    trims: bool
-    added: int
+    behind: list[int]  # the part of the ending behind the end token, which a policy never samples
+    opening: str  # last word between the assistant's header and the content, as "</think>"; "" for nothing, or blanks
+    trims: bool  # whether it takes blanks off the ends of the content
+    added: int  # tokens around the content, behind the header; one of them is the end token, if it has one
 
 
 class TextEncoder:

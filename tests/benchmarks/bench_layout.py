@@ -1,4 +1,4 @@
-"""What two optimisations gain: folded LoRA products on a CPU; cuts of rows into parts against one part and the best cuts.
+"""What two optimisations gain: folded LoRA products on a CPU; cuts of rows into parts, beside one part and the best.
 
     python tests/benchmarks/bench_layout.py                  # the model and the sizes of bench_ppo.py
     python tests/benchmarks/bench_layout.py --varied         # prompts of 8 to 120 tokens, responses of 8 to 64

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from tests.ppo import tiny
 from tests.reward import runs
-from trl_ext.reward.strength import apply_strength, preference_strength, train_members
+from trl_ext.reward.strength import apply_strength, preference_strength, train_ensemble
 from trl_ext.reward.trainer import RewardModelTrainer
 from trl_ext.roles import RewardModel, load_base
 
@@ -58,9 +58,9 @@ def test_labels_are_doubted_below_a_threshold_or_by_share(options, suspected, th
     assert (report.suspected, report.threshold) == (len(suspected), threshold)
 
 
-@pytest.mark.parametrize("policy", ["smooth", "margin"])
-def test_smooth_and_margin_only_write_columns(policy):
-    found, _ = apply_strength(dataset(), DIFFERENCES, policy)
+@pytest.mark.parametrize("action", ["smooth", "margin"])
+def test_smooth_and_margin_only_write_columns(action):
+    found, _ = apply_strength(dataset(), DIFFERENCES, action)
     assert found["strength_mean"][:] == MEAN
     assert found["strength_std"][:] == STD
     assert found.select_columns(["prompt", "chosen", "rejected"]).to_list() == dataset().to_list()
@@ -112,7 +112,7 @@ def test_deciles_are_tenths():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"policy": "forget"}, "policy='forget' is unknown: use one of flip, smooth, margin, drop"),
+        ({"action": "forget"}, "action='forget' is unknown: use one of flip, smooth, margin, drop"),
         ({"share": 1.0}, r"share=1.0 must lie between 0 and 1"),
         ({"share": -0.1}, "share=-0.1"),
         ({"dataset": Dataset.from_dict({"prompt": ["p"] * 5})}, "measured on chosen and rejected"),
@@ -120,7 +120,7 @@ def test_deciles_are_tenths():
     ],
 )
 def test_what_does_not_fit_is_an_error(options, match):
-    given = {"dataset": dataset(), "differences": DIFFERENCES, "policy": "flip", **options}
+    given = {"dataset": dataset(), "differences": DIFFERENCES, "action": "flip", **options}
     with pytest.raises(ValueError, match=match):
         apply_strength(**given)
 
@@ -140,7 +140,7 @@ def members(base, folder, seeds, trained):
         return made
 
     found = []
-    for trainer in train_members(model, runs.config(folder), seeds, make):
+    for trainer in train_ensemble(model, runs.config(folder), seeds, make):
         found.append((runs.weights(model), trainer.score(runs.pairs(4, seed=7))["chosen"]))
     return found
 

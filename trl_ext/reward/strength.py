@@ -17,7 +17,7 @@ from torch import Tensor
 from trl_ext.reward.config import RewardModelConfig
 from trl_ext.roles import RewardModel
 
-POLICIES = ("flip", "smooth", "margin", "drop")
+ACTIONS = ("flip", "smooth", "margin", "drop")
 EXAMPLES = 3
 
 
@@ -60,7 +60,7 @@ class Trains(Protocol):
 AnyTrainer = TypeVar("AnyTrainer", bound=Trains)
 
 
-def train_members(
+def train_ensemble(
     model: RewardModel,
     args: RewardModelConfig,
     seeds: list[int],
@@ -107,7 +107,7 @@ class StrengthReport:
         pairs: how many were judged.
         suspected: how many labels are doubted.
         threshold: mean strength below which they are.
-        policy: what was done about it.
+        action: what was done about it.
         agreement: mean over pairs of the share of models on the side of their majority.
         members_right: share of pairs whose label each model agrees with.
         deciles: mean strength of each tenth of the pairs, weakest first.
@@ -117,7 +117,7 @@ class StrengthReport:
     pairs: int
     suspected: int
     threshold: float
-    policy: str
+    action: str
     agreement: float
     members_right: list[float]
     deciles: list[float]
@@ -129,7 +129,7 @@ class StrengthReport:
             ("pairs", f"{self.pairs:,}"),
             ("suspected labels", f"{self.suspected:,} ({self.suspected / self.pairs:.1%})"),
             ("mean strength below", f"{self.threshold:.3f}"),
-            ("done about them", self.policy),
+            ("done about them", self.action),
             ("agreement of the models", f"{self.agreement:.3f}"),
             ("labels each model agrees with", ", ".join(f"{share:.3f}" for share in self.members_right)),
             ("mean strength by decile", ", ".join(f"{value:.2f}" for value in self.deciles)),
@@ -139,7 +139,7 @@ class StrengthReport:
 def apply_strength(
     dataset: Dataset,
     differences: Tensor,
-    policy: str,
+    action: str,
     *,
     share: float | None = None,
     threshold: float = 0.0,
@@ -153,7 +153,7 @@ def apply_strength(
     Args:
         dataset: N pairs with the columns `chosen` and `rejected`.
         differences: score(chosen) - score(rejected) by each of M models, (M, N).
-        policy: "flip", "smooth", "margin" or "drop".
+        action: "flip", "smooth", "margin" or "drop".
         share: doubt this share of the labels, those with the lowest mean strength; else those below `threshold`.
         threshold: mean strength below which a label is doubted. 0: most models would have labelled it otherwise.
 
@@ -162,10 +162,10 @@ def apply_strength(
         mean strength of a flipped pair is that of the new label, and `suspected` still says that it was flipped.
 
     Raises:
-        ValueError: an unknown policy, a share outside 0 to 1, missing columns, or differences of other pairs.
+        ValueError: an unknown action, a share outside 0 to 1, missing columns, or differences of other pairs.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"policy={policy!r} is unknown: use one of {', '.join(POLICIES)}.")
+    if action not in ACTIONS:
+        raise ValueError(f"action={action!r} is unknown: use one of {', '.join(ACTIONS)}.")
     if share is not None and not 0 <= share < 1:
         raise ValueError(f"share={share} must lie between 0 and 1.")
     if not {"chosen", "rejected"} <= set(dataset.column_names):
@@ -188,22 +188,22 @@ def apply_strength(
         pairs=len(mean),
         suspected=int(suspected.sum()),
         threshold=threshold,
-        policy=policy,
+        action=action,
         agreement=float(torch.maximum(sides, 1 - sides).mean()),
         members_right=(differences > 0).float().mean(1).tolist(),
         deciles=[float(part.mean()) for part in mean[order].tensor_split(min(10, len(mean)))],
         examples=[(i, float(mean[i]), float(std[i])) for i in order[:EXAMPLES].tolist()],
     )
     columns: dict[str, Any] = {"strength_mean": mean, "strength_std": std, "suspected": suspected}
-    if policy == "flip":
+    if action == "flip":
         columns["strength_mean"] = torch.where(suspected, -mean, mean)
     for name, values in columns.items():
         if name in dataset.column_names:
             dataset = dataset.remove_columns(name)
         dataset = dataset.add_column(name, values.tolist())
-    if policy == "drop":
+    if action == "drop":
         dataset = dataset.select((~suspected).nonzero().flatten().tolist())
-    elif policy == "flip":
+    elif action == "flip":
         dataset = dataset.map(_flip_suspected, desc="flipping suspected labels")
     return dataset, report
 

@@ -119,7 +119,7 @@ def train_rewards(
 ) -> None:
     """Stage 1: the reward adapters that are not there yet. The base is as before afterwards."""
     from trl_ext import RewardModelTrainer
-    from trl_ext.reward.strength import train_members
+    from trl_ext.reward.strength import train_ensemble
 
     folders = member_folders(recipe, training)
     if all(map(is_trained, folders)):
@@ -134,7 +134,7 @@ def train_rewards(
         return trainer
 
     seeds = [training.seed + k for k in range(recipe.members)]
-    for k, trainer in enumerate(train_members(model, args, seeds, make_trainer), start=1):
+    for k, trainer in enumerate(train_ensemble(model, args, seeds, make_trainer), start=1):
         result = trainer.evaluate_pairs()
         accuracy = f"{result['accuracy']:.3f} ± {result['accuracy_standard_error']:.3f}"
         printer()(f"reward model {k}: test accuracy {accuracy}")

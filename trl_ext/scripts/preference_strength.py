@@ -60,7 +60,7 @@ def parse(arguments: list[str]) -> tuple[StrengthArguments, RewardModelConfig, M
     Raises:
         ValueError: A flag that there is not, or that this run cannot honour.
     """
-    from trl_ext.reward.strength import POLICIES
+    from trl_ext.reward.strength import ACTIONS
 
     parser = FlagParser((StrengthArguments, RewardModelConfig, ModelConfig), __doc__)
     default = None
@@ -69,8 +69,8 @@ def parse(arguments: list[str]) -> tuple[StrengthArguments, RewardModelConfig, M
         if not any(flag.split("=")[0] in ("--output_dir", "--output-dir") for flag in arguments):
             arguments = ["--output_dir", "runs/strength_toy", *arguments]
     recipe, training, model_args, given = parser.parse(arguments, default)
-    if recipe.policy not in POLICIES:
-        raise ValueError(f"--policy {recipe.policy} is unknown: use one of {', '.join(POLICIES)}.")
+    if recipe.policy not in ACTIONS:
+        raise ValueError(f"--policy {recipe.policy} is unknown: use one of {', '.join(ACTIONS)}.")
     if recipe.members < 2:
         raise ValueError(f"--members {recipe.members}: the spread of one model is no measure, use at least 2.")
     check_world_flags(given, model_args.model_name_or_path is None, *names_of(PreferenceArguments))
@@ -88,7 +88,7 @@ def measure(recipe: StrengthArguments, training: RewardModelConfig, inputs: tupl
     import torch
 
     from trl_ext import RewardModelTrainer
-    from trl_ext.reward.strength import train_members
+    from trl_ext.reward.strength import train_ensemble
 
     model, tokenizer, train = inputs
 
@@ -99,7 +99,7 @@ def measure(recipe: StrengthArguments, training: RewardModelConfig, inputs: tupl
 
     seeds = [training.seed + k for k in range(recipe.members)]
     differences: list[torch.Tensor] = []
-    for k, trainer in enumerate(train_members(model, training, seeds, make_trainer), start=1):
+    for k, trainer in enumerate(train_ensemble(model, training, seeds, make_trainer), start=1):
         scores = trainer.score(train)
         lead = scores["chosen"] - scores["rejected"]
         differences.append(lead)
