@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from tests.layout import packed
-from trl_ext import Role, SharedBaseModel
+from trl_ext import Role, SharedBaseModel, memory
 from trl_ext.memory import (
     LiveBytes,
     Setup,
@@ -269,3 +269,25 @@ def test_sequences_longer_than_the_positions_are_refused(planned):
     config = make_config(max_position_embeddings=32)
     with pytest.raises(ValueError, match="32 positions"):
         plan_memory(Tracer(config, FLOAT32), planned[2], 1)
+
+
+def test_on_several_cards_weights_are_shared_out_and_nothing_is_lost():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=256, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    setup = memory.Setup(load_in_4bit=True, optim="adamw_torch", prompt_length=16, completion_length=16)
+    weights = memory.count_weights(config, setup)
+    plan = memory.plan_memory(memory.Tracer(config, setup), weights, 1)
+    found = memory.shares(config, setup)
+    assert found.split + found.unsplit == weights.base_bytes
+    assert found.layers == 4
+    assert found.head == 256 * 64 * 2
+    assert found.layer == (4 * 64 * 64 + 3 * 64 * 128) // 2 + 2 * 64 * 2  # packed, and two norms in bfloat16
+    one, two = (memory.on_cards(plan, found, cards)["update"] for cards in (1, 2))
+    assert one == plan.phases["update"]
+    assert two.base == found.split // 2 + found.unsplit
+    assert (two.optimizer, two.gradients) == (one.optimizer // 2, one.gradients // 2)
+    assert two.kept == one.kept
+    adapters = sum(weights.adapter_bytes.values())
+    assert two.working == one.working + 2 * (found.layer + adapters // 4) + found.head
+    with pytest.raises(ValueError, match="cards=0"):
+        memory.on_cards(plan, found, 0)

@@ -2,6 +2,7 @@
 
 from trl_ext.memory.plan import MemoryPlan, Phase, plan_memory
 from trl_ext.memory.search import TooSmallError, advice, choose_batches, explain, largest_batches, largest_fit
+from trl_ext.memory.sharded import Shares, on_cards, shares
 from trl_ext.memory.size import card_bytes, format_gib, parse_size
 from trl_ext.memory.trace import LiveBytes, Tracer
 from trl_ext.memory.weights import Setup, Weights, count_weights, load_config, tensor_bytes
@@ -11,6 +12,7 @@ __all__ = [
     "MemoryPlan",
     "Phase",
     "Setup",
+    "Shares",
     "TooSmallError",
     "Tracer",
     "Weights",
@@ -23,7 +25,9 @@ __all__ = [
     "largest_batches",
     "largest_fit",
     "load_config",
+    "on_cards",
     "parse_size",
     "plan_memory",
+    "shares",
     "tensor_bytes",
 ]
