@@ -18,11 +18,13 @@ MAX_LINES = 420
 
 # Folder, or file directly in trl_ext -> those of trl_ext that it may import (a folder its own files always).
 BELOW_METHODS = {"ops", "roles", "text", "scoring", "generation", "fields", "runs", "checkpoints", "report", "data"}
+BELOW_METHODS |= {"engines"}
 ALLOWED = {
     "ops": set(),
     "fields": set(),
     "checkpoints": set(),
     "runs": {"ops", "roles", "fields", "checkpoints"},
+    "engines": {"roles", "checkpoints"},
     "roles": {"ops"},
     "text": set(),
     "generation": {"ops", "roles", "text"},

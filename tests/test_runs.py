@@ -7,7 +7,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -20,7 +19,6 @@ from trl_ext.runs import (
     RunGuard,
     check_finite,
     check_first_kl,
-    check_not_sharded,
     check_synchronised,
     check_weights,
     checksum,
@@ -97,22 +95,6 @@ def test_the_first_kl_is_zero_or_an_error():
     check_first_kl(logps, torch.tensor([[-1.0, -2.0]]))
     with pytest.raises(RuntimeError, match=r"differ from the reference's by up to 0\.5: "):
         check_first_kl(logps, torch.tensor([[-1.0, -1.5]]))
-
-
-@pytest.mark.parametrize(
-    ("kind", "stage", "refused"),
-    [("NO", None, 0), ("MULTI_GPU", None, 0), ("FSDP", None, 1), ("DEEPSPEED", 2, 0), ("DEEPSPEED", 3, 1)],
-)
-def test_a_base_split_over_processes_is_refused(kind, stage, refused):
-    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
-    accelerator = SimpleNamespace(
-        distributed_type=DistributedType(kind), state=SimpleNamespace(deepspeed_plugin=plugin)
-    )
-    if refused:
-        with pytest.raises(ValueError, match="multi_gpu"):
-            check_not_sharded(accelerator)
-    else:
-        check_not_sharded(accelerator)
 
 
 # ---------------------------------------------------------------------- several processes

@@ -18,6 +18,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from trl_ext.checkpoints import checkpoints_of, flush, make_room
 from trl_ext.fields import check_warmup
 from trl_ext.ops.precision import best_dtype
+from trl_ext.roles.sharding import own_part
 
 FIRST_KL_TOLERANCE = 1e-6
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
@@ -35,23 +36,6 @@ def choose_mixed_precision(args: Any) -> None:
     if args.bf16 is None:
         dtype = torch.float16 if args.fp16 else best_dtype(args.use_cpu)
         args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
-
-
-def check_not_sharded(accelerator: Any) -> None:
-    """The base is whole on every process: how many passes a batch takes depends on the lengths of its sequences.
-
-    Args:
-        accelerator: `Accelerator`.
-
-    Raises:
-        ValueError: FSDP or ZeRO stage 3, whose processes gather weights at every pass and would wait for each other.
-    """
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if accelerator.distributed_type == "FSDP" or (plugin is not None and plugin.zero_stage == 3):
-        raise ValueError(
-            "FSDP and DeepSpeed stage 3 split the base over the processes, which would wait for each other forever: "
-            "they take different numbers of passes. Use data parallelism (accelerate launch --multi_gpu) or stage 2."
-        )
 
 
 def check_finite(what: str, terms: dict[str, Tensor], step: int, output_dir: str, model: nn.Module) -> None:
@@ -81,7 +65,7 @@ def check_finite(what: str, terms: dict[str, Tensor], step: int, output_dir: str
 
 def broken_weights(model: nn.Module) -> list[str]:
     """Names of the trained weights that hold NaN or infinity."""
-    trained = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
+    trained = [(name, own_part(p.detach())) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
     if not trained:
         return []
     finite = torch.stack([tensor.isfinite().all().cpu() for _, tensor in trained]).tolist()

@@ -10,8 +10,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, get_scheduler
 from transformers.trainer_callback import ExportableState
 
+from trl_ext.engines import keep_untrained
 from trl_ext.ppo.state import PPOState
 from trl_ext.roles import Role
+from trl_ext.roles.sharding import total_norm
 from trl_ext.runs import check_finite
 
 
@@ -30,6 +32,7 @@ class PPOStateCallback(TrainerCallback, ExportableState):
         end_update: Called when the update of a rollout batch is over.
         scaled: Whether a float16 scaler skips steps whose gradients are not finite, by itself.
         own_schedule: Whether the learning rate's schedule is made from the configuration, and not given by the user.
+        zero: Whether DeepSpeed steps the optimizer, which gives the policy gradients of zeros in the warm-up.
     """
 
     def __init__(
@@ -41,10 +44,11 @@ class PPOStateCallback(TrainerCallback, ExportableState):
         end_update: Callable[[], None] = lambda: None,
         scaled: bool = False,
         own_schedule: bool = True,
+        zero: bool = False,
     ):
         self.ppo_state = ppo_state
         self.restart, self.record, self.end_update = restart, record, end_update
-        self.scaled, self.own_schedule = scaled, own_schedule
+        self.scaled, self.own_schedule, self.zero = scaled, own_schedule, zero
         self.save_waits = self.evaluate_waits = False
 
     def state(self) -> dict[str, Any]:
@@ -72,6 +76,11 @@ class PPOStateCallback(TrainerCallback, ExportableState):
         if isinstance(generator, torch.Generator):
             generator.manual_seed(args.seed + int((state.epoch or 0) + 1e-6))
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if self.zero:
+            waits, waited = (self.ppo_state.in_warmup(step) for step in (state.global_step, state.global_step - 1))
+            keep_untrained(optimizer, Role.POLICY.value, waits, waited)
+
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, model: Any = None, **kwargs: Any
     ) -> None:
@@ -82,9 +91,7 @@ class PPOStateCallback(TrainerCallback, ExportableState):
                 continue
             grads = [p.grad for p in group["params"] if p.grad is not None]
             if grads:
-                norms[group["role"]] = torch.linalg.vector_norm(
-                    torch.stack([torch.linalg.vector_norm(g.float()) for g in grads])
-                )
+                norms[group["role"]] = total_norm(grads)
             self.record({f"learning_rate/{group['role']}": group["lr"]})
         self.record({f"grad_norm/{role}": norm.item() for role, norm in norms.items()})
         if norms and not self.scaled:

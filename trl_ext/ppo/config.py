@@ -5,6 +5,7 @@ runs; the horizon of the adaptive KL controller is given in rollout batches by d
 to a batch of 512.
 """
 
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -220,8 +221,12 @@ class PPOMaxConfig(RLOOConfig):
         return self.per_device_score_batch_size or SCORED_PER_TRAINED * self.per_device_train_batch_size
 
     def choose_optim(self, quantised: bool) -> None:
-        """Where no `optim` was given: paged 8-bit AdamW for a quantised base on a CUDA card. The trainer calls it."""
-        if self._optim_by_base and quantised and self.device.type == "cuda":
+        """Where no `optim` was given: paged 8-bit AdamW for a quantised base on a CUDA card. The trainer calls it.
+
+        Not under FSDP, whose split weights it cannot step.
+        """
+        split = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(self.fsdp)
+        if self._optim_by_base and quantised and not split and self.device.type == "cuda":
             self.optim = OptimizerNames.PAGED_ADAMW_8BIT
 
     def _check_what_goes_together(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import RLOOTrainer
 
-from trl_ext.checkpoints import checkpoint_to_resume
+from trl_ext.engines import EngineCallback, EngineTrainer, check_engine, resume_from, zero_stage
 from trl_ext.generation.from_trl import Completions, complete
 from trl_ext.ppo import logging
 from trl_ext.ppo.callback import PPOStateCallback
@@ -21,7 +21,7 @@ from trl_ext.ppo.rollout import Rollout, collect
 from trl_ext.ppo.state import PPOState
 from trl_ext.report.cards import write_card
 from trl_ext.roles import Role, SharedBaseModel, disable_dropout, load_base_config, max_positions, shared_base_model
-from trl_ext.runs import RunGuard, check_finite, check_not_sharded
+from trl_ext.runs import RunGuard, check_finite
 from trl_ext.scoring import RewardSource, RewardSources
 from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer
 
@@ -39,7 +39,7 @@ UPDATE_FIELDS = (
 )
 
 
-class PPOMaxTrainer(RLOOTrainer):
+class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
     """Proximal policy optimisation with the stability tricks of PPO-Max, on TRL's online loop.
 
     Source: Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO" (arXiv 2307.04964); Schulman et
@@ -141,14 +141,11 @@ class PPOMaxTrainer(RLOOTrainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
-        check_not_sharded(self.accelerator)
+        check_engine(self.accelerator, model, args.optim)
         args.warn_about_off_policy_sampling()
 
         # 4. What PPO adds
-        if self.optimizer is None:
-            rates = {Role.POLICY: args.learning_rate, Role.CRITIC: args.critic_learning_rate or 0.0}
-            optimizer, kwargs = self.get_optimizer_cls_and_kwargs(args)
-            self.optimizer = optimizer(model.parameter_groups(rates, args.weight_decay), **kwargs)
+        self.create_optimizer()
         self._evaluated_set = ""  # name of the one that is being evaluated, of several
         self.timer = logging.PhaseTimer()
         self.ppo_state = PPOState.of_run(args)
@@ -160,8 +157,10 @@ class PPOMaxTrainer(RLOOTrainer):
                 end_update=self.timer.end_update,
                 scaled=self.accelerator.scaler is not None,
                 own_schedule=optimizers[1] is None,
+                zero=zero_stage(self.accelerator) > 0,
             )
         )
+        self.add_callback(EngineCallback(args, self.accelerator))
         self.guard = RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks)
         self.add_callback(self.guard)
         model.model_card = self._card
@@ -174,9 +173,17 @@ class PPOMaxTrainer(RLOOTrainer):
     ) -> Any:
         """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
         others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
-        own_files = not self.is_deepspeed_enabled  # DeepSpeed keeps optimizer and schedule in files of its own
-        resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), others, own_files)
+        resume = resume_from(resume_from_checkpoint, self.args, self.accelerator, others)
         return super().train(resume, trial, ignore_keys_for_eval)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """One group for each trained role, with a learning rate of its own; DeepSpeed asks for it anew."""
+        if self.optimizer is None:
+            args = self.args
+            rates = {Role.POLICY: args.learning_rate, Role.CRITIC: args.critic_learning_rate or 0.0}
+            optimizer, kwargs = self.get_optimizer_cls_and_kwargs(args)
+            self.optimizer = optimizer(self.model.parameter_groups(rates, args.weight_decay), **kwargs)
+        return self.optimizer
 
     # ------------------------------------------------------------------ the first seam: rollout
 

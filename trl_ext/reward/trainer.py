@@ -20,8 +20,8 @@ from transformers import (
 )
 from trl import RewardTrainer
 
-from trl_ext.checkpoints import checkpoint_to_resume
 from trl_ext.data import ConversionReport
+from trl_ext.engines import EngineCallback, EngineTrainer, check_engine, resume_from
 from trl_ext.report.cards import write_card
 from trl_ext.reward.card import model_card
 from trl_ext.reward.config import RewardModelConfig
@@ -30,13 +30,13 @@ from trl_ext.reward.losses import centering_losses, imitation_loss, pair_losses
 from trl_ext.reward.metrics import evaluate_pairs
 from trl_ext.reward.scoring import make_collator, response_lengths, score_batches
 from trl_ext.roles import RewardModel, RewardScale, disable_dropout, load_base, load_base_config, max_positions
-from trl_ext.runs import RunGuard, check_finite, check_not_sharded
+from trl_ext.runs import RunGuard, check_finite
 from trl_ext.text import TextEncoder, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-class RewardModelTrainer(RewardTrainer):
+class RewardModelTrainer(EngineTrainer, RewardTrainer):
     """A reward model by LoRA: a scalar head on a frozen base, from pairs or from rankings.
 
         loss = mean over prompts of the mean over its pairs of -log sigma(s_w - s_l - margin), labels smoothed
@@ -139,12 +139,13 @@ class RewardModelTrainer(RewardTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_not_sharded(self.accelerator)
+        check_engine(self.accelerator, model, args.optim, unsplit="the training of a reward model")
         for parameter, data in trained.items():  # which it casts to bfloat16 on a 4-bit base
             parameter.data = data.to(parameter.device)
         self.evaluation: dict[str, Any] = {}
         model.model_card = self._card
         self.add_callback(_ScaleOfScores(self))
+        self.add_callback(EngineCallback(args, self.accelerator))
         self.add_callback(RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks))
 
     def train(
@@ -154,8 +155,7 @@ class RewardModelTrainer(RewardTrainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
-        own_files = not self.is_deepspeed_enabled  # DeepSpeed keeps optimizer and schedule in files of its own
-        resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), with_optimizer=own_files)
+        resume = resume_from(resume_from_checkpoint, self.args, self.accelerator)
         return super().train(resume, trial, ignore_keys_for_eval)
 
     # ------------------------------------------------------------------ the seam: loss

@@ -11,13 +11,25 @@ from torch import Tensor
 from trl_ext.roles.adapters import CONFIG_FILE, AdapterWeights, check_same_scaling, read_adapter, write_adapter
 from trl_ext.roles.identity import check_same_base
 from trl_ext.roles.role import Role
+from trl_ext.roles.sharding import is_sharded, shared_out, whole_weights
 from trl_ext.roles.switch import SwitchedModel
 
 
 def adapter_weights(model: SwitchedModel, name: str, state_dict: dict[str, Tensor] | None = None) -> AdapterWeights:
-    """An adapter of the model as it is now, by name; its weights from `state_dict`, if they are gathered there."""
+    """An adapter of the model as it is now, by name; of a sharded model every process must ask.
+
+    Args:
+        model: Has an adapter of this name.
+        name: Of the adapter.
+        state_dict: The model's, if an engine has gathered it already.
+    """
+    if state_dict is None and is_sharded(model):
+        state_dict = whole_weights(model, lambda parameter: model.owner(parameter) is not None)
     weights = get_peft_model_state_dict(model, state_dict, adapter_name=name, save_embedding_layers=False)
-    head = model.heads[name].weight.detach() if name in model.heads else None
+    head = None
+    if name in model.heads:
+        key = f"heads.{name}.weight"
+        head = model.heads[name].weight.detach() if state_dict is None else state_dict[key].detach()
     config: Any = model.peft_config[name]
     return AdapterWeights(config, weights, head, model.reward_scales.get(name), model.base_record)
 
@@ -72,7 +84,8 @@ def load_role(model: SwitchedModel, folder: str | Path, name: str) -> None:
     if name in model.heads:
         if adapter.head is None:
             raise ValueError(f"{folder}: the {role.value} adapter has no head. The checkpoint is not complete.")
-        model.heads[name].weight.data.copy_(adapter.head)
+        head = model.heads[name].weight.data
+        head.copy_(shared_out(adapter.head, head))
     if role is Role.REWARD:
         model.reward_scales.pop(name, None)
         if adapter.scale is not None:

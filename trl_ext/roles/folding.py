@@ -54,6 +54,17 @@ def fold(layer: Any) -> None:
     layer.forward = MethodType(_forward, layer)  # bound: a deep copy binds its own
 
 
+def unfold(layer: Any) -> None:
+    """Let a layer compute as PEFT does again, however many tokens there are.
+
+    ZeRO fills its buckets with gradients in the order in which they come, on each process by itself, and sums buckets.
+    The folded product gives A's gradient before B's, PEFT's gives B's first. Which one is cheaper hangs on the number
+    of tokens: the processes would sum gradients of different weights, and nothing would say so.
+    """
+    if getattr(vars(layer).get("forward"), "__func__", None) is _forward:
+        del layer.forward
+
+
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base, names = layer.base_layer, layer.active_adapters
     name = names[0] if len(names) == 1 else ""

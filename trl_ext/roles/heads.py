@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_ext.ops.logprobs import token_logprobs
+from trl_ext.roles.sharding import with_weights
 
 
 class ScalarHead(nn.Module):
@@ -93,17 +94,21 @@ class LMHead:
         Returns:
             (logps, entropy), (N,) each, in nats, on the device of the head; entropy is None if not asked for.
         """
-        return token_logprobs(
-            hidden.to(self.weight.device),
-            self.weight,
-            targets.to(self.weight.device),
-            bias=self.bias,
-            temperature=temperature,
-            softcap=self.cap,
-            logit_scale=self.factor,
-            with_entropy=with_entropy,
-            entropy_grad=entropy_grad,
-        )
+
+        def logprobs(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+            return token_logprobs(
+                hidden.to(self.weight.device),
+                self.weight,
+                targets.to(self.weight.device),
+                bias=self.bias,
+                temperature=temperature,
+                softcap=self.cap,
+                logit_scale=self.factor,
+                with_entropy=with_entropy,
+                entropy_grad=entropy_grad,
+            )
+
+        return with_weights(self.layer, logprobs, hidden, targets)
 
 
 def possible_heads(base: Any) -> list[LMHead]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from trl_ext.ops.packing import PackedBatch, by_sequence, in_order
 from trl_ext.roles.backbone import hidden_states, packed_hidden_states
 from trl_ext.roles.role import Role
+from trl_ext.roles.sharding import same_number_of_passes
 from trl_ext.roles.switch import SwitchedModel
 
 OUTPUTS = {Role.POLICY: "logps", Role.REFERENCE: "reference_logps", Role.CRITIC: "values"}
@@ -34,6 +35,7 @@ def run_roles(
             f"roles={roles}, entropy={entropy!r}: use `score_parts` for the reward role; entropy is None, 'values' "
             "or 'gradient'."
         )
+    parts = same_number_of_passes(model, parts)
     outputs: dict[str, Tensor] = {}
     for role in roles:
         wanted = entropy if role is Role.POLICY else None
@@ -89,6 +91,8 @@ def score_members(model: SwitchedModel, input_ids: Tensor, attention_mask: Tenso
 
 def score_parts(model: SwitchedModel, parts: list[PackedBatch]) -> Tensor:
     """N packed sequences -> (N, K) float32: each reward adapter's head on the token that `ends` names."""
+
+    parts = same_number_of_passes(model, parts)
 
     def scored_states() -> Tensor:
         states = (packed_hidden_states(model.backbone, part).index_select(0, part.ends) for part in parts)

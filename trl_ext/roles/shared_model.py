@@ -28,6 +28,7 @@ from trl_ext.roles.checkpointing import enable_checkpointing
 from trl_ext.roles.generation import check_continuous_batching, continuous_batching, generate_by_rows
 from trl_ext.roles.identity import check_adapter_fits, describe_base, describe_config
 from trl_ext.roles.role import Role
+from trl_ext.roles.sharding import is_sharded
 from trl_ext.roles.switch import SwitchedModel
 
 
@@ -262,10 +263,14 @@ class SharedBaseModel(SwitchedModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As a plain `PeftModel`, but inside `generating` so many rows at a time: see `generation.generate_by_rows`.
 
+        Where the weights are sharded, every process goes on until the last one has its completions.
+
         Raises:
             RuntimeError: The reward or the critic role is active, whose adapters are not there to generate.
         """
         self._check_generates()
+        if is_sharded(self):
+            kwargs.setdefault("synced_gpus", True)
         if self.rows_at_a_time is None:
             return super().generate(*args, **kwargs)
         return generate_by_rows(super().generate, self.rows_at_a_time, *args, **kwargs)

@@ -24,6 +24,7 @@ from trl_ext.roles.heads import ScalarHead
 from trl_ext.roles.identity import record_of
 from trl_ext.roles.probe import language_head
 from trl_ext.roles.role import TRAINED, Role
+from trl_ext.roles.sharding import shared_out
 
 
 class SwitchedModel(PeftModelForCausalLM):
@@ -199,6 +200,7 @@ class SwitchedModel(PeftModelForCausalLM):
                 f"the {self._adapters[name].value} adapter does not fit the base: {len(wrong)} weights differ in name "
                 f"or shape, first {wrong[0]!r}. It was trained on another base or with other target_modules."
             )
+        weights = {key: shared_out(value, own[key]) for key, value in weights.items()}
         set_peft_model_state_dict(self, weights, adapter_name=name)
         own = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
         check_equal(own, weights, f"the {self._adapters[name].value} adapter")

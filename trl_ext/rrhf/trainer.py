@@ -8,9 +8,9 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
 
-from trl_ext.checkpoints import checkpoint_to_resume
+from trl_ext.engines import EngineCallback, EngineTrainer, check_engine, resume_from
 from trl_ext.report.cards import write_card
 from trl_ext.roles import (
     Role,
@@ -28,12 +28,12 @@ from trl_ext.rrhf.config import RRHFConfig
 from trl_ext.rrhf.data import DataReport, collate, encode_dataset, to_batch
 from trl_ext.rrhf.losses import best_response_loss, rank_loss, reference_kl_loss, sequence_scores
 from trl_ext.rrhf.online import BorderCallback, OnlineSampler
-from trl_ext.runs import RunGuard, check_finite, check_first_kl, check_not_sharded
+from trl_ext.runs import RunGuard, check_finite, check_first_kl
 from trl_ext.scoring import ResponseScorer, RewardSource, RewardSources
 from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer, longest
 
 
-class RRHFTrainer(Trainer):
+class RRHFTrainer(EngineTrainer):
     """Rank responses to align language models with human feedback.
 
     Source: Yuan et al. 2023, "RRHF: Rank Responses to Align Language Models with Human Feedback without tears" (arXiv
@@ -135,11 +135,11 @@ class RRHFTrainer(Trainer):
             optimizers=optimizers,
         )
 
-        check_not_sharded(self.accelerator)
+        unsplit = "sampling online in rounds that differ between processes" if args.online else None
+        check_engine(self.accelerator, model, args.optim, unsplit)
 
         # 4. What RRHF adds
-        if self.optimizer is None:
-            self.optimizer = self._policy_optimizer()
+        self.create_optimizer()
         self.share_prompts = args.share_prompts and can_share_prompts(model.backbone)
         self.max_columns = column_limit(model.backbone)
         self.running_means = {"train": metrics.RunningMeans(), "eval": metrics.RunningMeans()}
@@ -149,6 +149,7 @@ class RRHFTrainer(Trainer):
             scorer = ResponseScorer(model, self.encoder, sources, role_weight=args.reward_role_weight)
             self.sampler = OnlineSampler(model, self.encoder, args, scorer)
             self.add_callback(BorderCallback(self.sampled_batches))
+        self.add_callback(EngineCallback(args, self.accelerator))
         self.add_callback(RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks))
         model.model_card = self._card
 
@@ -160,8 +161,7 @@ class RRHFTrainer(Trainer):
     ) -> Any:
         """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
         others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
-        own_files = not self.is_deepspeed_enabled  # DeepSpeed keeps optimizer and schedule in files of its own
-        resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), others, own_files)
+        resume = resume_from(resume_from_checkpoint, self.args, self.accelerator, others)
         return super().train(resume, trial, ignore_keys_for_eval)
 
     # ------------------------------------------------------------------ the loss
@@ -292,12 +292,14 @@ class RRHFTrainer(Trainer):
             encoded, self.data_counts[name] = encode_dataset(dataset, name, self.encoder, **settings)
         return encoded
 
-    def _policy_optimizer(self) -> torch.optim.Optimizer:
-        """Only the policy's adapter, whatever other roles the model has."""
-        rates = {Role.POLICY: self.args.learning_rate, Role.CRITIC: 0.0}
-        groups = self.model.parameter_groups(rates, self.args.weight_decay)
-        optimizer, options = self.get_optimizer_cls_and_kwargs(self.args)
-        return optimizer([group for group in groups if group["role"] == Role.POLICY.value], **options)
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Of the policy's adapter alone, whatever other roles the model has; DeepSpeed asks for it anew."""
+        if self.optimizer is None:
+            rates = {Role.POLICY: self.args.learning_rate, Role.CRITIC: 0.0}
+            groups = self.model.parameter_groups(rates, self.args.weight_decay)
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimizer([group for group in groups if group["role"] == Role.POLICY.value], **options)
+        return self.optimizer
 
     def _sum(self, x: Tensor) -> Tensor:
         """The sum of a small tensor over all processes."""
