@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from safetensors.torch import save_file
 from torch import nn
 
 from trl_ext.engines import batch_of, check_engine, check_same_batch, keep_untrained, resume_from
@@ -83,21 +84,36 @@ def test_another_batch_is_refused_with_what_to_set():
         check_same_batch(saved, arguments(1, 4, 32), accelerator("DEEPSPEED", 2, processes=4))
 
 
-def test_a_run_resumes_under_the_engine_that_wrote_the_checkpoint(tmp_path, monkeypatch):
-    checkpoint = tmp_path / "checkpoint-1"
-    checkpoint.mkdir()
-    for name in ("optimizer.bin", "pytorch_model_fsdp.bin", "scheduler.pt"):
-        (checkpoint / name).touch()
+def write_checkpoint(folder, files):
+    """A whole checkpoint of an engine: real adapter files, and what the engine keeps beside them."""
+    folder.mkdir()
+    save_file({"w": torch.ones(2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    for name in files:
+        torch.save({}, folder / name)
     state = {"stateful_callbacks": {"EngineCallback": {"attributes": {"processes": 2, "sequences_per_step": 4}}}}
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    monkeypatch.setattr("trl_ext.engines.checkpoint_to_resume", lambda given, *rest, **options: given)
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    return str(folder)
+
+
+def test_a_run_resumes_under_the_engine_that_wrote_the_checkpoint(tmp_path):
+    split = write_checkpoint(tmp_path / "checkpoint-2", ["optimizer.bin", "pytorch_model_fsdp.bin", "scheduler.pt"])
     args = arguments(2, 1, output_dir=str(tmp_path))
-    assert resume_from(str(checkpoint), args, accelerator("FSDP", processes=2)) == str(checkpoint)
-    assert resume_from(None, args, accelerator("FSDP", processes=2)) is None
-    with pytest.raises(ValueError, match="written under FSDP2"):
-        resume_from(str(checkpoint), args, accelerator("MULTI_GPU", processes=2))
+    fsdp, parallel = accelerator("FSDP", processes=2), accelerator("MULTI_GPU", processes=2)
+    assert resume_from(split, args, fsdp) == resume_from(True, args, fsdp) == split
+    assert resume_from(None, args, fsdp) is None
+    for given in (split, True):
+        with pytest.raises(ValueError, match="written under FSDP2. Launch with that"):
+            resume_from(given, args, parallel)
     with pytest.raises(ValueError, match="Set per_device_train_batch_size=1, gradient_accumulation_steps=1"):
-        resume_from(str(checkpoint), args, accelerator("FSDP", processes=4))
+        resume_from(split, args, accelerator("FSDP", processes=4))
+    whole = write_checkpoint(tmp_path / "checkpoint-3", ["optimizer.pt", "scheduler.pt"])
+    assert resume_from(True, args, parallel) == whole
+    with pytest.raises(ValueError, match="written under data parallelism. Launch with that"):
+        resume_from(whole, args, fsdp)
+    (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="optimizer.pt is missing"):
+        resume_from(whole, args, parallel)
 
 
 def test_a_role_that_waits_is_stepped_as_if_for_the_first_time():

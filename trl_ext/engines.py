@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from trl_ext.checkpoints import STATE_FILE, TRAINING_FILES, checkpoint_to_resume
+from trl_ext.checkpoints import STATE_FILE, TRAINING_FILES, checkpoint_to_resume, checkpoints_of
 from trl_ext.roles.folding import unfold
 from trl_ext.roles.sharding import gather_in_calls, is_sharded, whole_weights
 
@@ -177,23 +177,34 @@ def resume_from(given: str | bool | None, args: Any, accelerator: Any, adapters:
         ValueError: There is none, it is not whole, or it cannot be gone on from; it says what to set.
     """
     engine = engine_name(accelerator)
+    newest = checkpoints_of(args.output_dir)[:1] if given is True else [Path(given)] if given else []
+    for path in newest:  # first of all: to another engine a whole checkpoint looks torn
+        check_written_under(path, engine)
     folder = checkpoint_to_resume(given, str(args.output_dir), adapters, with_optimizer=engine == DATA_PARALLEL)
     if folder is None:
         return None
     path = Path(folder)
-    missing = [name for name in OPTIMIZER_FILES[engine] if not list(path.glob(name))]
-    if missing:
-        written = [name for name, files in OPTIMIZER_FILES.items() if all(list(path.glob(file)) for file in files)]
-        raise ValueError(
-            f"{folder} holds no {missing[0]}, where {engine} keeps its optimizer"
-            f"{f': it was written under {written[0]}. Launch with that' if written else ''}, or start anew from its "
-            "adapters (policy_adapter, critic_adapter)."
-        )
     state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     saved = (state.get("stateful_callbacks") or {}).get(EngineCallback.__name__)
     if isinstance(saved, dict):
         check_same_batch(saved.get("attributes", {}), args, accelerator)
     return folder
+
+
+def check_written_under(folder: Path, engine: str) -> None:
+    """Check that a checkpoint holds what an engine keeps its optimizer in.
+
+    Raises:
+        ValueError: It holds that of another engine, or none.
+    """
+    missing = [name for name in OPTIMIZER_FILES[engine] if not list(folder.glob(name))]
+    written = [name for name, files in OPTIMIZER_FILES.items() if all(list(folder.glob(file)) for file in files)]
+    if missing and (written or engine != DATA_PARALLEL):
+        raise ValueError(
+            f"{folder} holds no {missing[0]}, where {engine} keeps its optimizer"
+            f"{f': it was written under {written[0]}. Launch with that' if written else ''}, or start anew from its "
+            "adapters (policy_adapter, critic_adapter)."
+        )
 
 
 def batch_of(args: Any, accelerator: Any) -> dict[str, int]:
