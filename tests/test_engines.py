@@ -103,16 +103,16 @@ def test_a_run_resumes_under_the_engine_that_wrote_the_checkpoint(tmp_path):
     assert resume_from(split, args, fsdp) == resume_from(True, args, fsdp) == split
     assert resume_from(None, args, fsdp) is None
     for given in (split, True):
-        with pytest.raises(ValueError, match="written under FSDP2. Launch with that"):
+        with pytest.raises(ValueError, match=r"written under FSDP2\. Launch with that"):
             resume_from(given, args, parallel)
     with pytest.raises(ValueError, match="Set per_device_train_batch_size=1, gradient_accumulation_steps=1"):
         resume_from(split, args, accelerator("FSDP", processes=4))
     whole = write_checkpoint(tmp_path / "checkpoint-3", ["optimizer.pt", "scheduler.pt"])
     assert resume_from(True, args, parallel) == whole
-    with pytest.raises(ValueError, match="written under data parallelism. Launch with that"):
+    with pytest.raises(ValueError, match=r"written under data parallelism\. Launch with that"):
         resume_from(whole, args, fsdp)
     (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match="optimizer.pt is missing"):
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing"):
         resume_from(whole, args, parallel)
 
 
