@@ -302,3 +302,11 @@ def test_train_again_after_an_interrupt_starts_with_a_fresh_rollout(world, tmp_p
     trainer.remove_callback(Interrupt)
     trainer.train()
     assert len(seen) == 2
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused_before_the_base_is_loaded(world, tmp_path):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.add_tokens(["w98", "w99"])
+    options = {"model": str(world / "base"), "reward_funcs": tiny.count_words, "processing_class": tokenizer}
+    with pytest.raises(ValueError, match="the tokenizer has 2 tokens beyond the model's 18 embeddings, first 'w98'"):
+        tiny.trainer(world, tmp_path, **options)

@@ -20,7 +20,15 @@ from trl_ext.ppo.losses import policy_loss, value_loss
 from trl_ext.ppo.rollout import Rollout, collect
 from trl_ext.ppo.state import PPOState
 from trl_ext.report.cards import write_card
-from trl_ext.roles import Role, SharedBaseModel, disable_dropout, load_base_config, max_positions, shared_base_model
+from trl_ext.roles import (
+    Role,
+    SharedBaseModel,
+    check_vocabulary,
+    disable_dropout,
+    load_base_config,
+    max_positions,
+    shared_base_model,
+)
 from trl_ext.runs import RunGuard, check_finite
 from trl_ext.scoring import RewardSource, RewardSources
 from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer
@@ -97,12 +105,13 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         template: Any = args.chat_template_kwargs
         ends = end_token_ids(tokenizer, load_generation_config(model, **kept))
         self.encoder = TextEncoder(tokenizer, ends, template)
-        positions = max_positions(load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config)
+        config = load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config
+        check_vocabulary(config, tokenizer)
         has_reward_role = isinstance(model, SharedBaseModel) and model.has_role(Role.REWARD)
         check_inputs(
             args,
             self.encoder,
-            positions,
+            max_positions(config),
             train_dataset,
             eval_dataset,
             ptx_dataset,

@@ -29,7 +29,15 @@ from trl_ext.reward.data import TRAINING, overlap, prepare_tokenizer, tokenize_p
 from trl_ext.reward.losses import centering_losses, imitation_loss, pair_losses
 from trl_ext.reward.metrics import evaluate_pairs
 from trl_ext.reward.scoring import make_collator, response_lengths, score_batches
-from trl_ext.roles import RewardModel, RewardScale, disable_dropout, load_base, load_base_config, max_positions
+from trl_ext.roles import (
+    RewardModel,
+    RewardScale,
+    check_vocabulary,
+    disable_dropout,
+    load_base,
+    load_base_config,
+    max_positions,
+)
 from trl_ext.runs import RunGuard, check_finite
 from trl_ext.text import TextEncoder, load_tokenizer
 
@@ -93,6 +101,7 @@ class RewardModelTrainer(EngineTrainer, RewardTrainer):
             processing_class = load_tokenizer(base_name, **kept)
         prepare_tokenizer(processing_class, args)
         config = load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config
+        check_vocabulary(config, processing_class)
         self.reports: dict[str, ConversionReport] = {}
         self._encoder, self._data_args, self._positions = TextEncoder(processing_class), args, max_positions(config)
         train = self._prepare(TRAINING, train_dataset)

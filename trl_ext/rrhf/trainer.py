@@ -16,6 +16,7 @@ from trl_ext.roles import (
     Role,
     SharedBaseModel,
     can_share_prompts,
+    check_vocabulary,
     column_limit,
     disable_dropout,
     load_base_config,
@@ -98,6 +99,7 @@ class RRHFTrainer(EngineTrainer):
         template: Any = args.chat_template_kwargs
         self.encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, load_generation_config(model, **kept)), template)
         config = load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config
+        check_vocabulary(config, tokenizer)
         max_length = longest(args.max_length, max_positions(config))
         self.data_counts: dict[str, DataReport] = {}
         settings = {"max_length": max_length, "num_proc": args.dataset_num_proc}
