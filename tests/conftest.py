@@ -36,3 +36,12 @@ def shared_dir(repo_root: Path) -> Path:
     if not path.is_dir():
         pytest.skip(f"no folder {path.name}/ beside the repository")
     return path
+
+
+# Files that take longest come first: of two processes neither is left with a whole one at the end.
+LONGEST_FIRST = ("test_recipes.py", "test_reward_recipes.py", "test_two_processes.py", "test_plan_memory.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the order within each stays."""
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)

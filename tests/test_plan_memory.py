@@ -113,7 +113,7 @@ def test_auto_batch_keeps_the_rollout_and_logs_the_prediction(model: Path, repo_
         "reward_funcs": f"{tmp_path / 'rewards.py'}:length", "auto_batch": "true", "gpu": "1GiB", "use_cpu": "true",
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "steps_per_generation": 8, "max_steps": 4,
         "max_completion_length": 4, "logging_steps": 1, "eval_prompts": 4, "report_to": "none", "use_peft": "true",
-        "optim": "adamw_torch", "save_steps": 4,
+        "optim": "adamw_torch", "save_steps": 4, "critic_warmup_steps": 2,
     }  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(repo_root / "recipes" / "ppo_max.py")]

@@ -208,6 +208,7 @@ def test_what_rrhf_lacks_is_said_before_anything_is_loaded(recipe: str, argument
         importlib.import_module(f"trl_ext.scripts.{recipe}").main(arguments)
 
 
+@pytest.mark.slow
 def test_compare_makes_one_table_and_goes_on_where_it_stopped(rrhf_run, repo_root: Path) -> None:
     out = rrhf_run[0]
     flags = [f"--output_dir={out}", "--world_scale=0.02", "--samples=32", "--eval_prompts=4", "--max_new_tokens=6"]

@@ -74,6 +74,7 @@ def test_the_saved_adapter_is_a_standard_classifier(reward_run) -> None:
     assert model.config.num_labels == 1
 
 
+@pytest.mark.slow
 def test_strength_is_measured_and_written_and_members_are_not_trained_twice(reward_run, tmp_path: Path) -> None:
     (tmp_path / "world").symlink_to(reward_run[0] / "world")
     arguments = [f"--output_dir={tmp_path}", *TINY, "--members=2", "--policy=flip", "--share=0.25"]

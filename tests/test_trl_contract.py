@@ -44,7 +44,9 @@ SEAMS = {
 PUBLIC = {
     "create_model_card",
     "create_optimizer",
+    "evaluate",
     "get_batch_samples",
+    "log",
     "train",
 }  # overridden too; documented, unlike the seams
 CALLED = {

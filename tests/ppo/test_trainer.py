@@ -368,10 +368,10 @@ def test_evaluation_waits_for_the_end_of_the_rollout_and_takes_several_sets(worl
     options = {"eval_dataset": sets, "eval_strategy": "steps", "eval_steps": 3, "max_steps": 4, "num_iterations": 4}
     trainer = tiny.trainer(world, tmp_path, **options)
     trainer.train()
-    for name in ("eval_easy_loss", "eval_hard_loss"):
-        entries = [entry for entry in trainer.state.log_history if name in entry]
+    for name in ("easy", "hard"):
+        entries = [entry for entry in trainer.state.log_history if f"eval_{name}_loss" in entry]
         assert [entry["step"] for entry in entries] == [4]
-        assert "eval_reward" in entries[0]
+        assert f"eval_{name}_reward" in entries[0]
 
 
 def test_the_best_checkpoint_comes_back_with_all_its_roles(world, tmp_path):
