@@ -32,7 +32,13 @@ TEMPLATES = {
 QUESTIONS = ["Hi", "Why?", "Who are you", "Sing"]
 
 
-@pytest.fixture(scope="module", params=TEMPLATES)
+FAST = ("chatml, pad is eos", "qwen3")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TEMPLATES],
+)
 def world(request, tmp_path_factory):
     """A base and a reward adapter trained on conversations by `RewardModelTrainer`."""
     template, eos, options = TEMPLATES[request.param]

@@ -159,6 +159,7 @@ def test_rrhf_goes_from_sampling_to_the_tuned_adapter(rrhf_run) -> None:
     assert (out / "training.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_responses_are_sampled_by_name_and_rrhf_trains_on_them(rrhf_run, tmp_path: Path, repo_root: Path) -> None:
     world = next((rrhf_run[0] / "world").glob("world-*"))
     rows = [

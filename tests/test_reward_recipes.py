@@ -91,6 +91,7 @@ def test_strength_is_measured_and_written_and_members_are_not_trained_twice(rewa
     assert load_from_disk(str(tmp_path / "dataset"))["strength_mean"] == dataset["strength_mean"]
 
 
+@pytest.mark.slow
 def test_real_data_adapters_are_evaluated_alone_and_together(reward_run, chat_base, preferences, tmp_path) -> None:
     adapters = []
     for seed in (0, 1):
@@ -136,6 +137,7 @@ def test_where_a_reward_model_is_trained_and_where_it_is_evaluated_the_figures_a
     assert {name: trained[name] for name in names} == {n: pytest.approx(evaluated[n], abs=1e-4) for n in names}
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline(chat_base, preferences, tmp_path: Path) -> None:
     (tmp_path / "reward.yaml").write_text(
         "use_cpu: true\ngradient_checkpointing: false\nreport_to: none\nsave_strategy: 'no'\nmax_steps: 2\n"
