@@ -1,5 +1,6 @@
 """Which checkpoints are whole; runs that go on from the newest one that is, of every trainer."""
 
+import json
 import shutil
 
 import pytest
@@ -132,3 +133,16 @@ def test_a_checkpoint_is_never_written_over_an_older_one(copy_of, world):
     assert torch.load(folder / "checkpoint-1" / "optimizer.pt", weights_only=True)
     make_room(run.args, 1)
     assert not (folder / "checkpoint-1").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_a_version_without_engines_is_gone_on_from(saved, copy_of, world, kind):
+    folder = copy_of(kind)
+    shutil.rmtree(folder / "checkpoint-4")
+    path = folder / "checkpoint-3" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["EngineCallback"]
+    path.write_text(json.dumps(state))
+    KINDS[kind](world, folder, **SAVED).train(resume_from_checkpoint=True)
+    ended, expected = folder / "checkpoint-4" / FILES[0], saved[kind] / "checkpoint-4" / FILES[0]
+    assert ended.read_bytes() == expected.read_bytes()
