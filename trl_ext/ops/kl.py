@@ -114,6 +114,56 @@ class AdaptiveKL(FixedKL):
         return self.coef
 
 
+class PIKL(FixedKL):
+    """A proportional-integral controller: the coefficient rises with the KL on its way up, so that it does not overshoot.
+
+    With e = KL / target - 1, the change from the last batch d = (KL - KL_last) / target, and KL_last 0 at the start:
+
+        log coef <- log coef + clip(integral e, +-integral) + clip(proportional d, +-proportional)
+
+    `AdaptiveKL` has the integral alone: below the target it lowers the coefficient all the way up, arrives with one
+    that is too low, and overshoots. The proportional part adds `proportional` to log coef between a KL of 0 and the
+    target, and takes it back when the KL falls.
+
+    Source: the textbook controller (Astrom and Murray 2008, "Feedback Systems", section 10.1), in velocity form, for the
+    multiplier of a constraint as in Stooke et al. 2020, arXiv 2007.03964, section 5.
+
+    Args:
+        coef: the starting coefficient, finite and positive.
+        target: the KL of a sequence to hold, in nats, positive.
+        integral: change of log coef for one batch whose KL is 0 or twice the target, positive.
+        proportional: change of log coef from KL 0 to the target, not negative.
+
+    Raises:
+        ValueError: a bad argument; in `update`, a KL that is not finite.
+    """
+
+    def __init__(self, coef: float, target: float, integral: float, proportional: float) -> None:
+        super().__init__(_positive("coef", coef))
+        self.target = _positive("target", target)
+        self.integral = _positive("integral", integral)
+        self.proportional = _non_negative("proportional", proportional)
+        self.last = 0.0
+
+    def update(self, kl: float, n: int) -> float:
+        """Takes a batch's mean KL of a sequence, in nats, and its number of sequences. Returns the new coefficient."""
+        kl = _check_observation(kl, n)
+        error = min(max(kl / self.target - 1, -1.0), 1.0)
+        change = min(max((kl - self.last) / self.target, -1.0), 1.0)
+        self.coef *= math.exp(self.integral * error + self.proportional * change)
+        self.last = kl
+        return self.coef
+
+    def state_dict(self) -> dict[str, float]:
+        """The coefficient and the last KL."""
+        return {"coef": self.coef, "last": self.last}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continues from what `state_dict` returned."""
+        super().load_state_dict(state)
+        self.last = float(state["last"])
+
+
 class PenaltyKL(FixedKL):
     """PPO's adaptive penalty: the coefficient doubles or halves when the KL is 1.5 times off its target.
 

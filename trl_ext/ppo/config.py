@@ -18,11 +18,13 @@ from trl_ext.fields import above, at_least, at_most, between, check_fields, chec
 from trl_ext.ops.ensemble import ENSEMBLE_MODES
 from trl_ext.ops.kl import KL_ESTIMATORS
 from trl_ext.ops.packing import SCORED_PER_TRAINED
-from trl_ext.ppo.rewards import SCORE_MODES
+from trl_ext.ppo.rewards import BASELINES, SCORE_MODES
 from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
 HORIZON_IN_BATCHES = 20
-KL_CONTROLS = ("fixed", "adaptive", "penalty")
+UPDATES_TO_TARGET = 32
+WARMUP_ROLLOUTS, WARMUP_SHARE = 5, 10
+KL_CONTROLS = ("pi", "fixed", "adaptive", "penalty")
 OFF = "null (None) switches it off"
 # Of `generation_kwargs`: what has a field of its own, or comes from elsewhere
 HAVE_THEIR_PLACE = {
@@ -61,7 +63,13 @@ class PPOMaxConfig(RLOOConfig):
 
     # Fields of the parents with other defaults
     bf16: bool | None = field(default=None, metadata={"help": BF16_HELP})  # type: ignore[assignment]
-    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the policy's adapter."})
+    learning_rate: float = field(
+        default=1e-4,
+        metadata={
+            "help": "Learning rate of the policy's adapter, where it starts: with `update_kl_target` it changes until an "
+            "update has the size asked for."
+        },
+    )
     optim: OptimizerNames | str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -138,15 +146,24 @@ class PPOMaxConfig(RLOOConfig):
         },
     )
     kl_control: Annotated[str, one_of(KL_CONTROLS)] = field(
-        default="adaptive",
+        default="pi",
         metadata={
-            "help": "How beta moves: 'fixed'; 'adaptive', proportional (Ziegler et al. 2019); 'penalty', doubling and "
-            "halving (Schulman et al. 2017, section 4).",
+            "help": "How beta moves: 'pi', proportional and integral, which reaches the target without passing it by "
+            "much; 'fixed'; 'adaptive', the integral alone (Ziegler et al. 2019); 'penalty', doubling and halving.",
             "choices": list(KL_CONTROLS),
         },
     )
     kl_target: Annotated[float, above(0)] = field(
-        default=6.0, metadata={"help": "KL per sequence, in nats, that 'adaptive' and 'penalty' control aim at."}
+        default=6.0, metadata={"help": "KL per sequence, in nats, that beta is moved to hold, unless it is 'fixed'."}
+    )
+    update_kl_target: Annotated[float | None, at_least(0)] = field(
+        default=None,
+        metadata={
+            "help": "How far one update may take the policy: KL per sequence, in nats, between the policy that sampled a "
+            "rollout batch and the policy after it. The learning rates change from update to update to reach it, a step "
+            "that goes too far is shortened, and the critic's is watched likewise; 0 switches all of it off. Default: "
+            "`kl_target` / 32."
+        },
     )
     kl_horizon: Annotated[float | None, above(0)] = field(
         default=None,
@@ -183,14 +200,26 @@ class PPOMaxConfig(RLOOConfig):
     critic_learning_rate: Annotated[float | None, at_least(0)] = field(
         default=None, metadata={"help": "Learning rate of the critic. Default: 3 times `learning_rate`."}
     )
-    critic_warmup_steps: Annotated[int, whole(0)] = field(
-        default=20, metadata={"help": "Optimizer steps at the start that train the critic only; 0 switches it off."}
-    )
-    critic_warmup_explained_variance: Annotated[float | None, at_most(1)] = field(
+    critic_warmup_steps: Annotated[int | None, whole(0)] = field(
         default=None,
         metadata={
-            "help": "End the warm-up early, once the critic explains this share of the returns' variance. Then "
-            "`critic_warmup_steps` is the longest it may take."
+            "help": "Optimizer steps at the start that train the critic only; 0 switches it off. Default: those of 5 "
+            "rollout batches, and no more than a tenth of the run."
+        },
+    )
+    critic_warmup_explained_variance: Annotated[float | None, at_most(1)] = field(
+        default=0.2,
+        metadata={
+            "help": "End the warm-up early, once the critic explains this share of the returns' variance; null switches "
+            "it off. `critic_warmup_steps` is the longest that it may take."
+        },
+    )
+    critic_baseline: Annotated[str, one_of(BASELINES)] = field(
+        default="explained",
+        metadata={
+            "help": "The baseline of advantages: 'always' the critic; 'explained': the critic where it explains some of "
+            "the variance of a rollout batch, else the batch's mean return (EVPO, arXiv 2604.19485).",
+            "choices": list(BASELINES),
         },
     )
 
@@ -210,6 +239,8 @@ class PPOMaxConfig(RLOOConfig):
             self.critic_learning_rate = 3 * self.learning_rate
         if self.kl_horizon is None:
             self.kl_horizon = float(HORIZON_IN_BATCHES * (self.generation_batch_size or 1))
+        if self.update_kl_target is None:
+            self.update_kl_target = self.kl_target / UPDATES_TO_TARGET
         self._check_what_goes_together()
         self._check_inherited_options()
         self._check_generation_kwargs()
@@ -238,10 +269,10 @@ class PPOMaxConfig(RLOOConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}, so that a pass over the rollout "
                 "batch is a whole number of optimizer steps."
             )
-        if self.critic_warmup_explained_variance is not None and self.critic_warmup_steps == 0:
+        if self.update_kl_target > self.kl_target:  # type: ignore[operator]
             raise ValueError(
-                "critic_warmup_explained_variance is set and critic_warmup_steps is 0: set the steps to the longest "
-                "that the warm-up may take."
+                f"update_kl_target={self.update_kl_target:g} is above kl_target={self.kl_target:g}: one update would "
+                f"pass the target of the run. Lower it; the default is kl_target / {UPDATES_TO_TARGET}."
             )
         if self.max_steps >= 1:
             self.check_critic_warmup(self.max_steps)
@@ -254,6 +285,18 @@ class PPOMaxConfig(RLOOConfig):
                 f"the default is {HORIZON_IN_BATCHES} rollout batches."
             )
 
+    def warmup_of_critic(self, steps: int) -> int:
+        """Optimizer steps that the critic is trained alone, of so many in the run: `critic_warmup_steps` or its default."""
+        if self.critic_warmup_steps is not None:
+            return self.critic_warmup_steps
+        rollouts = min(WARMUP_ROLLOUTS, steps // (WARMUP_SHARE * self.steps_per_update))
+        return rollouts * self.steps_per_update
+
+    @property
+    def steps_per_update(self) -> int:
+        """Optimizer steps that a rollout batch is trained for."""
+        return self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps  # type: ignore[operator]
+
     def check_critic_warmup(self, steps: int) -> None:
         """Check that a run of so many optimizer steps trains its policy, and longer than that warms up.
 
@@ -262,7 +305,7 @@ class PPOMaxConfig(RLOOConfig):
         Raises:
             ValueError: It does not.
         """
-        left = steps - self.critic_warmup_steps
+        left = steps - self.warmup_of_critic(steps)
         if left <= 0:
             raise ValueError(
                 f"critic_warmup_steps={self.critic_warmup_steps} takes all of the {steps} optimizer steps: the policy "

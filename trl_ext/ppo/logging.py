@@ -20,6 +20,7 @@ from trl_ext.ops.masking import masked_mean_var
 from trl_ext.ppo.losses import explained_variance
 from trl_ext.ppo.rollout import Rollout
 from trl_ext.report.cards import card_header, course_table, whole_card
+from trl_ext.roles import Role
 from trl_ext.runs import last_checkpoint
 
 COURSE = ("step", "reward", "kl", "beta", "perplexity", "completions/mean_length", "explained_variance")
@@ -123,6 +124,7 @@ def rollout_metrics(rollout: Rollout, reduce: Callable[[Tensor], Tensor]) -> dic
         out["reward_uncertainty"] = masked_mean_var(rollout.uncertainty, every_row, reduce)[0].item()
     explained = explained_variance(rollout.values, rollout.returns, mask, reduce=reduce)
     out["explained_variance"] = explained.item()
+    out["baseline_is_critic"] = float(rollout.baseline_is_critic)
     if rollout.reference_logps is not None:
         difference = torch.where(mask, rollout.logps - rollout.reference_logps, 0.0)
         total, reference_nll = reduce(
@@ -134,6 +136,15 @@ def rollout_metrics(rollout: Rollout, reduce: Callable[[Tensor], Tensor]) -> dic
             "perplexity_reference": math.exp(min(reference_nll / tokens, 50.0)),
         }
     return out
+
+
+def step_metrics(role: Role, stats: dict[str, float]) -> dict[str, float]:
+    """How far a role moved in an update, under the names of the log."""
+    if not stats:
+        return {}
+    distance = "update_kl" if role is Role.POLICY else "update_distance/critic"
+    rest = ("scale", "steps", "shortened")
+    return {distance: stats["distance"]} | {f"step/{name}/{role.value}": stats[name] for name in rest}
 
 
 def reward_metrics(names: list[str], per_function: Tensor, role_scores: Tensor | None) -> dict[str, float]:

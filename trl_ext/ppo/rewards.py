@@ -9,6 +9,7 @@ from trl_ext.ops.masking import check_same_shape
 from trl_ext.ops.moments import RunningMoments
 from trl_ext.ops.precision import sum_dtype
 
+BASELINES = ("explained", "always")
 SCORE_MODES = ("norm", "scale", "none")
 STD_FLOOR = 1e-8
 

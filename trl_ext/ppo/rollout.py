@@ -11,9 +11,10 @@ from torch import Tensor
 from trl_ext.generation.from_trl import Completions
 from trl_ext.ops.advantages import gae
 from trl_ext.ops.kl import kl_estimate
-from trl_ext.ops.masking import masked_whiten
+from trl_ext.ops.masking import masked_mean_var, masked_whiten
 from trl_ext.ops.packing import PackedBatch, pack
 from trl_ext.ppo.config import PPOMaxConfig
+from trl_ext.ppo.losses import explained_variance
 from trl_ext.ppo.rewards import shape_scores, token_rewards
 from trl_ext.ppo.state import PPOState
 from trl_ext.roles import Role, SharedBaseModel
@@ -23,6 +24,17 @@ from trl_ext.text import TextEncoder, pad_ids
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
 NOT_YET: Any = None  # what a stage has not filled in
+# What a micro-batch of the update needs
+UPDATE_FIELDS = (
+    "prompt_ids",
+    "prompt_mask",
+    "completion_ids",
+    "completion_mask",
+    "logps",
+    "values",
+    "advantages",
+    "returns",
+)
 
 
 @dataclass
@@ -50,6 +62,7 @@ class Rollout:
     rewards: Tensor = NOT_YET  # (B, T) -beta kl, plus the shaped score on the last token
     advantages: Tensor = NOT_YET  # (B, T)
     returns: Tensor = NOT_YET  # (B, T)
+    baseline_is_critic: bool = True  # of the advantages; else it is the mean return of the batch
     prompts: Any = NOT_YET  # list of B texts or conversations
     completions: Any = NOT_YET  # list of B texts or lists of one message
 
@@ -78,6 +91,10 @@ class Rollout:
         truncated = torch.tensor([not (len(ids) and ids[-1] in ends) for ids in completions])
         tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, truncated)
         return cls(*(t.to(device) for t in tensors))
+
+    def update_batch(self, count: int | None = None) -> dict[str, Tensor]:
+        """What the update needs, of the first `count` rows or of all."""
+        return {name: getattr(self, name)[:count] for name in UPDATE_FIELDS}
 
     def tokens(self) -> int:
         """Number of tokens of prompts and completions."""
@@ -181,6 +198,7 @@ def collect(
         whiten=args.normalize_advantages,
         clip=args.advantage_clip,
         reduce=reduce,
+        trust_critic=args.critic_baseline == "always",
     )
     return rollout
 
@@ -226,12 +244,30 @@ def add_advantages(
     whiten: bool,
     clip: float | None,
     reduce: Reduce | None = None,
+    trust_critic: bool = True,
 ) -> None:
-    """Fill `advantages` and `returns` by GAE; advantages whitened over the batch of all processes, then clipped."""
+    """Fill `advantages`, `returns` and `baseline_is_critic`; advantages whitened over all processes, then clipped.
+
+    They are GAE's with the critic as the baseline. A critic that explains nothing adds its error to them instead of
+    taking variance away: unless it is trusted whatever it does, advantages are then
+
+        A_t = G_t - mean(G)        G_t = sum_{s >= t} gamma^{s - t} r_s
+
+    the mean over the tokens of the batch. What decides is the share of the variance of G, which owes the critic
+    nothing, that the critic explains.
+
+    Source: Pan et al. 2026, EVPO (arXiv 2604.19485): a critic lowers the variance of the advantages where its explained
+    variance is above 0, and raises it elsewhere.
+    """
     mask = rollout.completion_mask.bool()
     advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, gamma, lam)
     if value_lam != lam:
         _, rollout.returns = gae(rollout.rewards, rollout.values, mask, gamma, value_lam)
+    if not trust_critic:
+        sums, _ = gae(rollout.rewards, torch.zeros_like(rollout.values), mask, gamma, 1.0)
+        rollout.baseline_is_critic = float(explained_variance(rollout.values, sums, mask, reduce=reduce)) > 0
+        if not rollout.baseline_is_critic:
+            advantages = torch.where(mask, sums - masked_mean_var(sums, mask, reduce)[0], 0)
     if whiten:
         advantages = masked_whiten(advantages, mask, reduce=reduce)
     rollout.advantages = advantages if clip is None else advantages.clamp(-clip, clip)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_ext.ops.kl import AdaptiveKL, FixedKL, KLController, PenaltyKL
+from trl_ext.ops.kl import AdaptiveKL, FixedKL, KLController, PenaltyKL, PIKL
 from trl_ext.ops.moments import RunningMoments
+from trl_ext.ppo.step import StepControls
 
 # Fields that change the meaning of what the state holds. A run can't go on with others.
 FIXED_FIELDS = (
@@ -20,11 +21,15 @@ FIXED_FIELDS = (
     "seed",
 )
 
+KL_INTEGRAL, KL_PROPORTIONAL = 0.1, 1.5
+
 
 def make_kl_controller(args: Any) -> KLController:
     """The controller that `kl_control` names. A beta of 0 leaves the KL out, so there is nothing to control."""
     if args.kl_control == "fixed" or args.beta == 0:
         return FixedKL(args.beta)
+    if args.kl_control == "pi":
+        return PIKL(args.beta, args.kl_target, KL_INTEGRAL, KL_PROPORTIONAL)
     if args.kl_control == "adaptive":
         assert args.kl_horizon is not None
         return AdaptiveKL(args.beta, args.kl_target, args.kl_horizon)
@@ -47,13 +52,16 @@ class PPOState:
     policy_start: int
     moments: RunningMoments = field(default_factory=RunningMoments)
     rollouts: int = 0
+    steps: StepControls = field(default_factory=lambda: StepControls(0.0, 1))
     config: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_run(cls, args: Any) -> "PPOState":
         """The state in which a run with this `PPOMaxConfig` begins."""
         config = {name: getattr(args, name) for name in FIXED_FIELDS}
-        return cls(make_kl_controller(args), args.critic_warmup_steps, config=config)
+        steps = StepControls(args.update_kl_target, args.steps_per_update)
+        warmup = args.warmup_of_critic(max(args.max_steps, 0))
+        return cls(make_kl_controller(args), warmup, config=config, steps=steps)
 
     def in_warmup(self, step: int) -> bool:
         """Whether this optimizer step trains the critic only."""
@@ -86,6 +94,7 @@ class PPOState:
             "kl": self.kl.state_dict(),
             "policy_start": self.policy_start,
             "rollouts": self.rollouts,
+            "steps": self.steps.state_dict(),
             "config": dict(self.config),
         }
 
@@ -112,5 +121,6 @@ class PPOState:
         self.moments.load_state_dict(saved["moments"])
         self.kl.load_state_dict(saved["kl"])
         self.rollouts = int(saved["rollouts"])
+        self.steps.load_state_dict(saved.get("steps", {}))
         start = saved.get("policy_start", 0 if saved.get("warmup_done") else step + 1)
         self.policy_start = start if start <= step else max(self.policy_start, step)

@@ -17,8 +17,9 @@ from trl_ext.ppo.callback import PPOStateCallback
 from trl_ext.ppo.config import PPOMaxConfig
 from trl_ext.ppo.data import PTXBatches, check_inputs, ptx_batches
 from trl_ext.ppo.losses import policy_loss, value_loss
-from trl_ext.ppo.rollout import Rollout, collect
+from trl_ext.ppo.rollout import UPDATE_FIELDS, Rollout, collect
 from trl_ext.ppo.state import PPOState
+from trl_ext.ppo.step import OUTPUT
 from trl_ext.report.cards import write_card
 from trl_ext.roles import (
     Role,
@@ -34,17 +35,7 @@ from trl_ext.scoring import RewardSource, RewardSources
 from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer
 
 AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Any]
-# What a micro-batch of the update needs of a rollout
-UPDATE_FIELDS = (
-    "prompt_ids",
-    "prompt_mask",
-    "completion_ids",
-    "completion_mask",
-    "logps",
-    "values",
-    "advantages",
-    "returns",
-)
+PROBE = 4  # the last step of an update is checked on one in so many rows of the rollout
 
 
 class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
@@ -163,7 +154,7 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
                 self.ppo_state,
                 restart=self._restart,
                 record=self.record,
-                end_update=self.timer.end_update,
+                end_update=self._end_update,
                 scaled=self.accelerator.scaler is not None,
                 own_schedule=optimizers[1] is None,
                 zero=zero_stage(self.accelerator) > 0,
@@ -226,6 +217,7 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
             state.record_rollout(logged.get("kl"), logged["explained_variance"], step, samples, threshold)
             logged |= timer.metrics() | logging.memory_metrics(device)
             timer.start_update(rollout.tokens() * self.num_iterations)
+            self._probe = rollout.update_batch(max(len(inputs) // PROBE, 1))
 
         # 3. Samples, and what reward functions report
         cells, reported = logging.take_reports(self._pending_extra_logs, self._pending_metrics, len(inputs))
@@ -236,8 +228,7 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
             self._logs["extra"][name].extend(column)
 
         # 4. What the update needs
-        batch = {name: getattr(rollout, name) for name in UPDATE_FIELDS}
-        return batch | {"num_tokens": self._tokens_per_micro_batch(rollout)}
+        return rollout.update_batch() | {"num_tokens": self._tokens_per_micro_batch(rollout)}
 
     # ------------------------------------------------------------------ the second seam: loss
 
@@ -248,19 +239,12 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         batch = Rollout(**{name: inputs[name] for name in UPDATE_FIELDS})
         mask = batch.completion_mask.bool()
         if not self.model.training:  # nothing has moved since the rollout: the losses at ratio 1, without a pass
-            warming_up = False
             outputs = {"logps": batch.logps, "values": batch.values}
         else:
-            # 1. One pass per role, inside one call of the wrapped module
-            warming_up = self.ppo_state.in_warmup(self.state.global_step)
-            outputs = model(
-                parts=batch.parts(),
-                roles=(Role.CRITIC,) if warming_up else (Role.POLICY, Role.CRITIC),
-                temperature=self.temperature,
-                entropy="gradient" if args.entropy_coef > 0 else None,
-                shape=tuple(batch.completion_ids.shape),
-                ptx=None if self._ptx is None or warming_up else self._next_ptx(),
-            )
+            # 1. One pass per role, inside one call of the wrapped module; anew where it shows that a step was too long
+            outputs = self._pass(model, batch)
+            if self.ppo_state.steps.check(inputs, outputs, self._outputs_now, self._sum):
+                outputs = self._pass(model, batch)
 
         # 2. The terms, each a token mean over the whole rollout batch of all processes
         value, value_stats = value_loss(
@@ -268,7 +252,7 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         )
         terms = {"value_loss": args.vf_coef * value}
         stats = {"value_loss": value, "clip_fraction/value": value_stats["clip_fraction"]}
-        if not warming_up:
+        if "logps" in outputs:
             policy, policy_stats = policy_loss(
                 outputs["logps"],
                 batch.logps,
@@ -365,6 +349,33 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         mode = "train" if self.model.training else "eval"
         for name, value in values.items():
             self._metrics[mode][name].append(float(value))
+
+    def _pass(self, model: Any, batch: Rollout) -> dict[str, Tensor]:
+        """One pass of each role that is trained now; the policy is not in the warm-up, and where its step is spent."""
+        state = self.ppo_state
+        waits = state.in_warmup(self.state.global_step) or state.steps.resting(Role.POLICY)
+        outputs: dict[str, Tensor] = model(
+            parts=batch.parts(),
+            roles=(Role.CRITIC,) if waits else (Role.POLICY, Role.CRITIC),
+            temperature=self.temperature,
+            entropy="gradient" if self.args.entropy_coef > 0 else None,
+            shape=tuple(batch.completion_ids.shape),
+            ptx=None if self._ptx is None or waits else self._next_ptx(),
+        )
+        return outputs
+
+    @torch.no_grad()
+    def _outputs_now(self, role: Role, inputs: dict[str, Tensor]) -> Tensor:
+        """Log-probabilities of the policy or values of the critic, (B, T)."""
+        batch = Rollout(**{name: inputs[name] for name in UPDATE_FIELDS})
+        shape = tuple(batch.completion_ids.shape)
+        outputs = self.model(parts=batch.parts(), roles=(role,), temperature=self.temperature, shape=shape)
+        return outputs[OUTPUT[role]]
+
+    def _end_update(self) -> None:
+        for role, stats in self.ppo_state.steps.end(self._probe, self._outputs_now, self._sum).items():
+            self.record(logging.step_metrics(role, stats))
+        self.timer.end_update()
 
     def _sum(self, x: Tensor) -> Tensor:
         """The sum of a small tensor over all processes."""
