@@ -115,17 +115,17 @@ class AdaptiveKL(FixedKL):
 
 
 class PIKL(FixedKL):
-    """A proportional-integral controller: the coefficient rises with the KL on its way up, so that it does not overshoot.
+    """A proportional-integral controller: the coefficient rises with the KL on its way up, against overshoot.
 
     With e = KL / target - 1, the change from the last batch d = (KL - KL_last) / target, and KL_last 0 at the start:
 
-        log coef <- log coef + clip(integral e, +-integral) + clip(proportional d, +-proportional)
+        log coef <- log coef + integral clip(e, +-1) + proportional clip(d, +-1)
 
     `AdaptiveKL` has the integral alone: below the target it lowers the coefficient all the way up, arrives with one
     that is too low, and overshoots. The proportional part adds `proportional` to log coef between a KL of 0 and the
     target, and takes it back when the KL falls.
 
-    Source: the textbook controller (Astrom and Murray 2008, "Feedback Systems", section 10.1), in velocity form, for the
+    Source: the textbook controller in velocity form (Astrom and Murray 2008, "Feedback Systems", section 10.1), on the
     multiplier of a constraint as in Stooke et al. 2020, arXiv 2007.03964, section 5.
 
     Args:

@@ -66,7 +66,7 @@ class PPOMaxConfig(RLOOConfig):
     learning_rate: float = field(
         default=1e-4,
         metadata={
-            "help": "Learning rate of the policy's adapter, where it starts: with `update_kl_target` it changes until an "
+            "help": "Learning rate of the policy's adapter, where it starts: `update_kl_target` changes it until an "
             "update has the size asked for."
         },
     )
@@ -159,10 +159,10 @@ class PPOMaxConfig(RLOOConfig):
     update_kl_target: Annotated[float | None, at_least(0)] = field(
         default=None,
         metadata={
-            "help": "How far one update may take the policy: KL per sequence, in nats, between the policy that sampled a "
-            "rollout batch and the policy after it. The learning rates change from update to update to reach it, a step "
-            "that goes too far is shortened, and the critic's is watched likewise; 0 switches all of it off. Default: "
-            "`kl_target` / 32."
+            "help": "How far one update may take the policy: KL per sequence, in nats, between the policy that sampled "
+            "a rollout batch and the policy after it. The learning rate changes from update to update to reach it, a "
+            "step that goes too far is shortened, and the critic's steps are watched likewise; 0 switches all of it "
+            "off. Default: `kl_target` / 32."
         },
     )
     kl_horizon: Annotated[float | None, above(0)] = field(
@@ -210,15 +210,15 @@ class PPOMaxConfig(RLOOConfig):
     critic_warmup_explained_variance: Annotated[float | None, at_most(1)] = field(
         default=0.2,
         metadata={
-            "help": "End the warm-up early, once the critic explains this share of the returns' variance; null switches "
-            "it off. `critic_warmup_steps` is the longest that it may take."
+            "help": "End the warm-up early, once the critic explains this share of the returns' variance; null "
+            "switches it off. `critic_warmup_steps` is the longest that it may take."
         },
     )
     critic_baseline: Annotated[str, one_of(BASELINES)] = field(
         default="explained",
         metadata={
-            "help": "The baseline of advantages: 'always' the critic; 'explained': the critic where it explains some of "
-            "the variance of a rollout batch, else the batch's mean return (EVPO, arXiv 2604.19485).",
+            "help": "The baseline of advantages: 'always' the critic; 'explained': the critic where it explains "
+            "some of the variance of a rollout batch, else the batch's mean return (EVPO, arXiv 2604.19485).",
             "choices": list(BASELINES),
         },
     )
@@ -286,7 +286,7 @@ class PPOMaxConfig(RLOOConfig):
             )
 
     def warmup_of_critic(self, steps: int) -> int:
-        """Optimizer steps that the critic is trained alone, of so many in the run: `critic_warmup_steps` or its default."""
+        """Optimizer steps that the critic is trained alone, of so many in the run."""
         if self.critic_warmup_steps is not None:
             return self.critic_warmup_steps
         rollouts = min(WARMUP_ROLLOUTS, steps // (WARMUP_SHARE * self.steps_per_update))

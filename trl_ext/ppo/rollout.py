@@ -1,6 +1,6 @@
 """One rollout batch, from prompts to advantages. Every stage is a function; the record between them is `Rollout`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -91,6 +91,11 @@ class Rollout:
         truncated = torch.tensor([not (len(ids) and ids[-1] in ends) for ids in completions])
         tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, truncated)
         return cls(*(t.to(device) for t in tensors))
+
+    @classmethod
+    def from_update_batch(cls, batch: Mapping[str, Any]) -> "Rollout":
+        """The rows of a micro-batch."""
+        return cls(**{name: batch[name] for name in UPDATE_FIELDS})
 
     def update_batch(self, count: int | None = None) -> dict[str, Tensor]:
         """What the update needs, of the first `count` rows or of all."""

@@ -17,9 +17,9 @@ from trl_ext.ppo.callback import PPOStateCallback
 from trl_ext.ppo.config import PPOMaxConfig
 from trl_ext.ppo.data import PTXBatches, check_inputs, ptx_batches
 from trl_ext.ppo.losses import policy_loss, value_loss
-from trl_ext.ppo.rollout import UPDATE_FIELDS, Rollout, collect
+from trl_ext.ppo.rollout import Rollout, collect
 from trl_ext.ppo.state import PPOState
-from trl_ext.ppo.step import OUTPUT
+from trl_ext.ppo.step import OUTPUT, Rows
 from trl_ext.report.cards import write_card
 from trl_ext.roles import (
     Role,
@@ -236,7 +236,7 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         """Clipped policy loss + vf_coef * clipped value loss (- entropy) (+ language-model loss)."""
         args = self.args
         num_tokens = inputs["num_tokens"]
-        batch = Rollout(**{name: inputs[name] for name in UPDATE_FIELDS})
+        batch = Rollout.from_update_batch(inputs)
         mask = batch.completion_mask.bool()
         if not self.model.training:  # nothing has moved since the rollout: the losses at ratio 1, without a pass
             outputs = {"logps": batch.logps, "values": batch.values}
@@ -365,9 +365,9 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         return outputs
 
     @torch.no_grad()
-    def _outputs_now(self, role: Role, inputs: dict[str, Tensor]) -> Tensor:
+    def _outputs_now(self, role: Role, inputs: Rows) -> Tensor:
         """Log-probabilities of the policy or values of the critic, (B, T)."""
-        batch = Rollout(**{name: inputs[name] for name in UPDATE_FIELDS})
+        batch = Rollout.from_update_batch(inputs)
         shape = tuple(batch.completion_ids.shape)
         outputs = self.model(parts=batch.parts(), roles=(role,), temperature=self.temperature, shape=shape)
         return outputs[OUTPUT[role]]
