@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_ext.ops.kl import AdaptiveKL, FixedKL, KLController, PenaltyKL, PIKL
+from trl_ext.ops.kl import PIKL, AdaptiveKL, FixedKL, KLController, PenaltyKL
 from trl_ext.ops.moments import RunningMoments
 from trl_ext.ppo.step import StepControls
 
