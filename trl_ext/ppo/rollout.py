@@ -90,7 +90,8 @@ class Rollout:
         ends = set(eos_token_ids)
         truncated = torch.tensor([not (len(ids) and ids[-1] in ends) for ids in completions])
         tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, truncated)
-        return cls(*(t.to(device) for t in tensors))
+        placed: Any = [t.to(device) for t in tensors]
+        return cls(*placed)
 
     @classmethod
     def from_update_batch(cls, batch: Mapping[str, Any]) -> "Rollout":
