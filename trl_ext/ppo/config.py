@@ -24,6 +24,7 @@ from trl_ext.runs import BF16_HELP, choose_mixed_precision
 HORIZON_IN_BATCHES = 20
 UPDATES_TO_TARGET = 32
 WARMUP_ROLLOUTS, WARMUP_SHARE = 5, 10
+GUARD_ACTS = ("raise_beta", "step_back", "stop")
 KL_CONTROLS = ("pi", "fixed", "adaptive", "penalty")
 OFF = "null (None) switches it off"
 # Of `generation_kwargs`: what has a field of its own, or comes from elsewhere
@@ -223,6 +224,30 @@ class PPOMaxConfig(RLOOConfig):
         },
     )
 
+    # Guard
+    guard: bool = field(
+        default=True,
+        metadata={
+            "help": "Watch the policy for the ways in which it collapses without a word (docs/tuning.md): alarms in "
+            "the log and as metrics `guard/...`, and what `guard_acts` allows."
+        },
+    )
+    guard_acts: list[str] = field(
+        default_factory=lambda: list(GUARD_ACTS),
+        metadata={
+            "help": "What the guard may do where an alarm stays, in this order: 'raise_beta', 'step_back' to the last "
+            "good policy, 'stop'. An empty list: nothing but alarms.",
+        },
+    )
+    keep_best_policy: bool | None = field(
+        default=None,
+        metadata={
+            "help": "End with the policy whose mean reward on the evaluation set was the highest, of those with a KL "
+            "of at most 4/3 `kl_target`. Default: where the run is evaluated on its way, without "
+            "`load_best_model_at_end`."
+        },
+    )
+
     def __post_init__(self) -> None:
         choose_mixed_precision(self)
         self._optim_by_base = self.optim is None
@@ -241,6 +266,10 @@ class PPOMaxConfig(RLOOConfig):
             self.kl_horizon = float(HORIZON_IN_BATCHES * (self.generation_batch_size or 1))
         if self.update_kl_target is None:
             self.update_kl_target = self.kl_target / UPDATES_TO_TARGET
+        evaluated = self.eval_strategy != "no"
+        if self.keep_best_policy is None:
+            self.keep_best_policy = evaluated and not self.load_best_model_at_end
+        self._check_guard(evaluated)
         self._check_what_goes_together()
         self._check_inherited_options()
         self._check_generation_kwargs()
@@ -259,6 +288,24 @@ class PPOMaxConfig(RLOOConfig):
         split = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(self.fsdp)
         if self._optim_by_base and quantised and not split and self.device.type == "cuda":
             self.optim = OptimizerNames.PAGED_ADAMW_8BIT
+
+    def _check_guard(self, evaluated: bool) -> None:
+        unknown = [act for act in self.guard_acts if act not in GUARD_ACTS]
+        if unknown:
+            raise ValueError(f"guard_acts={self.guard_acts!r} must be of {', '.join(GUARD_ACTS)}.")
+        if self.keep_best_policy and not evaluated:
+            raise ValueError(
+                "keep_best_policy=True needs evaluations, and eval_strategy is 'no': set eval_strategy='steps', or "
+                "leave keep_best_policy out."
+            )
+        if self.keep_best_policy and self.load_best_model_at_end:
+            raise ValueError(
+                "keep_best_policy=True and load_best_model_at_end=True would both choose the policy: set one of them."
+            )
+
+    def at_border(self, step: int, steps: int) -> bool:
+        """Whether the update of a rollout batch is over after so many optimizer steps, of so many in the run."""
+        return step % self.steps_per_update == 0 or step >= steps
 
     def _check_what_goes_together(self) -> None:
         """Options each of which is fine alone."""
