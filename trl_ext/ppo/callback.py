@@ -110,9 +110,7 @@ class PPOStateCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.save_waits |= control.should_save
         self.evaluate_waits |= control.should_evaluate
-        per_rollout = args.steps_per_generation * args.num_iterations
-        at_border = state.global_step * args.gradient_accumulation_steps % per_rollout == 0
-        at_border = at_border or state.global_step >= state.max_steps
+        at_border = args.at_border(state.global_step, state.max_steps)
         control.should_save, control.should_evaluate = self.save_waits and at_border, self.evaluate_waits and at_border
         if at_border:
             self.end_update()

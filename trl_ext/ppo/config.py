@@ -24,6 +24,7 @@ from trl_ext.runs import BF16_HELP, choose_mixed_precision
 HORIZON_IN_BATCHES = 20
 UPDATES_TO_TARGET = 32
 WARMUP_ROLLOUTS, WARMUP_SHARE = 5, 10
+GUARD_ACTS = ("raise_beta", "step_back", "stop")
 KL_CONTROLS = ("pi", "fixed", "adaptive", "penalty")
 POLICY_OBJECTIVES = ("clip", "kl_penalty")
 EPSILON, PENALTY_COEF = 0.2, 1.0
@@ -238,6 +239,30 @@ class PPOMaxConfig(RLOOConfig):
         },
     )
 
+    # Guard
+    guard: bool = field(
+        default=True,
+        metadata={
+            "help": "Watch the policy for the ways in which it collapses without a word (docs/tuning.md): alarms in "
+            "the log and as metrics `guard/...`, and what `guard_acts` allows."
+        },
+    )
+    guard_acts: list[str] = field(
+        default_factory=lambda: list(GUARD_ACTS),
+        metadata={
+            "help": "What the guard may do where an alarm stays, in this order: 'raise_beta', 'step_back' to the last "
+            "good policy, 'stop'. An empty list: nothing but alarms.",
+        },
+    )
+    keep_best_policy: bool | None = field(
+        default=None,
+        metadata={
+            "help": "End with the policy whose mean reward on the evaluation set was the highest, of those with a KL "
+            "of at most 4/3 `kl_target`. Default: where the run is evaluated on its way, without "
+            "`load_best_model_at_end`."
+        },
+    )
+
     def __post_init__(self) -> None:
         choose_mixed_precision(self)
         self._optim_by_base = self.optim is None
@@ -255,6 +280,10 @@ class PPOMaxConfig(RLOOConfig):
         if self.kl_horizon is None:
             self.kl_horizon = float(HORIZON_IN_BATCHES * (self.generation_batch_size or 1))
         self._choose_update_kl_target()
+        evaluated = self.eval_strategy != "no"
+        if self.keep_best_policy is None:
+            self.keep_best_policy = evaluated and not self.load_best_model_at_end
+        self._check_guard(evaluated)
         self._check_what_goes_together()
         self._check_inherited_options()
         self._check_generation_kwargs()
@@ -310,6 +339,24 @@ class PPOMaxConfig(RLOOConfig):
                     f"{name}={getattr(self, name)} does nothing with policy_objective='kl_penalty', which clips no "
                     "ratio: leave it out, or set policy_objective='clip'."
                 )
+
+    def _check_guard(self, evaluated: bool) -> None:
+        unknown = [act for act in self.guard_acts if act not in GUARD_ACTS]
+        if unknown:
+            raise ValueError(f"guard_acts={self.guard_acts!r} must be of {', '.join(GUARD_ACTS)}.")
+        if self.keep_best_policy and not evaluated:
+            raise ValueError(
+                "keep_best_policy=True needs evaluations, and eval_strategy is 'no': set eval_strategy='steps', or "
+                "leave keep_best_policy out."
+            )
+        if self.keep_best_policy and self.load_best_model_at_end:
+            raise ValueError(
+                "keep_best_policy=True and load_best_model_at_end=True would both choose the policy: set one of them."
+            )
+
+    def at_border(self, step: int, steps: int) -> bool:
+        """Whether the update of a rollout batch is over after so many optimizer steps, of so many in the run."""
+        return step % self.steps_per_update == 0 or step >= steps
 
     def _check_what_goes_together(self) -> None:
         """Options each of which is fine alone."""

@@ -138,13 +138,14 @@ def rollout_metrics(rollout: Rollout, reduce: Callable[[Tensor], Tensor]) -> dic
     return out
 
 
-def step_metrics(role: Role, stats: dict[str, float]) -> dict[str, float]:
-    """How far a role moved in an update, under the names of the log."""
-    if not stats:
-        return {}
-    distance = "update_kl" if role is Role.POLICY else "update_distance/critic"
-    rest = ("scale", "steps", "shortened")
-    return {distance: stats["distance"]} | {f"step/{name}/{role.value}": stats[name] for name in rest}
+def step_metrics(ended: dict[Role, dict[str, float]]) -> dict[str, float]:
+    """How far each role moved in an update, under the names of the log."""
+    out = {}
+    for role, stats in ended.items():
+        if stats:
+            out["update_kl" if role is Role.POLICY else f"update_distance/{role.value}"] = stats["distance"]
+            out |= {f"step/{name}/{role.value}": stats[name] for name in ("scale", "steps", "shortened")}
+    return out
 
 
 def reward_metrics(names: list[str], per_function: Tensor, role_scores: Tensor | None) -> dict[str, float]:

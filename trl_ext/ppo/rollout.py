@@ -89,14 +89,14 @@ class Rollout:
         completion_ids, completion_mask = pad_ids(completions, pad_token_id, left=False)
         ends = set(eos_token_ids)
         truncated = torch.tensor([not (len(ids) and ids[-1] in ends) for ids in completions])
-        tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, truncated)
-        placed: Any = [t.to(device) for t in tensors]
-        return cls(*placed)
+        tensors: Any = (prompt_ids, prompt_mask, completion_ids, completion_mask, truncated)
+        return cls(*(t.to(device) for t in tensors))
 
     @classmethod
     def from_update_batch(cls, batch: Mapping[str, Any]) -> "Rollout":
         """The rows of a micro-batch."""
-        return cls(**{name: batch[name] for name in UPDATE_FIELDS})
+        fields: dict[str, Any] = {name: batch[name] for name in UPDATE_FIELDS}
+        return cls(**fields)
 
     def update_batch(self, count: int | None = None) -> dict[str, Tensor]:
         """What the update needs, of the first `count` rows or of all."""

@@ -10,16 +10,18 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import RLOOTrainer
 
-from trl_ext.engines import EngineCallback, EngineTrainer, check_engine, resume_from, zero_stage
+from trl_ext.engines import EngineCallback, EngineTrainer, check_engine, is_fsdp, resume_from, zero_stage
 from trl_ext.generation.from_trl import Completions, complete
 from trl_ext.ppo import logging
 from trl_ext.ppo.callback import PPOStateCallback
 from trl_ext.ppo.config import PPOMaxConfig
 from trl_ext.ppo.data import PTXBatches, check_inputs, ptx_batches
+from trl_ext.ppo.guard import completion_figures
 from trl_ext.ppo.losses import kl_penalty_loss, policy_loss, value_loss
 from trl_ext.ppo.rollout import Rollout, collect
 from trl_ext.ppo.state import PPOState
 from trl_ext.ppo.step import OUTPUT, Rows
+from trl_ext.ppo.watching import WatchCallback
 from trl_ext.report.cards import write_card
 from trl_ext.roles import (
     Role,
@@ -146,6 +148,7 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         args.warn_about_off_policy_sampling()
 
         # 4. What PPO adds
+        engine = zero_stage(self.accelerator) > 0 or is_fsdp(self.accelerator)
         self.create_optimizer()
         self._evaluated_set = ""  # name of the one that is being evaluated, of several
         self.timer = logging.PhaseTimer()
@@ -161,6 +164,10 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
                 zero=zero_stage(self.accelerator) > 0,
             )
         )
+        weights = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
+        watched = tuple(name for name, weight in weights if weight == 0)
+        self.watch = WatchCallback(args, self.ppo_state, watched, lambda: self.optimizer, whole=not engine)
+        self.add_callback(self.watch)
         self.add_callback(EngineCallback(args, self.accelerator))
         self.guard = RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks)
         self.add_callback(self.guard)
@@ -175,7 +182,13 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
         others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
         resume = resume_from(resume_from_checkpoint, self.args, self.accelerator, others)
-        return super().train(resume, trial, ignore_keys_for_eval)
+        self.watch.checkpoint = resume
+        output = super().train(resume, trial, ignore_keys_for_eval)
+        why = self.watch.stopped()
+        if why is not None:
+            self.save_model()
+            raise RuntimeError(why)
+        return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One group for each trained role, with a learning rate of its own; DeepSpeed asks for it anew."""
@@ -214,8 +227,10 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         logged |= logging.reward_metrics(self.reward_func_names, rollout.per_function, rollout.role_scores)
         logged["beta"] = beta
         if training:
+            logged |= completion_figures(rollout, self._sum)
             samples, threshold = len(inputs) * self.accelerator.num_processes, args.critic_warmup_explained_variance
             state.record_rollout(logged.get("kl"), logged["explained_variance"], step, samples, threshold)
+            logged |= self.watch.observe(logged | {"samples": float(samples)}, step)
             logged |= timer.metrics() | logging.memory_metrics(device)
             timer.start_update(rollout.tokens() * self.num_iterations)
             self._probe = rollout.update_batch(max(len(inputs) // PROBE, 1))
@@ -380,10 +395,11 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         return outputs[OUTPUT[role]]
 
     def _end_update(self) -> None:
-        moved = self.ppo_state.steps.end(self._probe, self._outputs_now, self._sum)
-        for role, stats in moved.items():
-            self.record(logging.step_metrics(role, stats))
-        self.ppo_state.record_update(moved.get(Role.POLICY, {}))
+        ended = self.ppo_state.steps.end(self._probe, self._outputs_now, self._sum)
+        stats = logging.step_metrics(ended)
+        self.record(stats)
+        self.watch.end_update(stats)
+        self.ppo_state.record_update(ended.get(Role.POLICY, {}))
         self.timer.end_update()
 
     def _sum(self, x: Tensor) -> Tensor:
