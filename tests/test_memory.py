@@ -96,6 +96,8 @@ def test_parameters_and_bytes_are_those_of_the_real_model_in_float32(architectur
     assert weights.adapted == len(model.lora_layers)
     assert sorted(weights.trained) == sorted(p.numel() for p in model.parameters() if p.requires_grad)
     assert weights.gradient_bytes == 4 * sum(weights.trained)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert weights.trained_bytes == sum(p.numel() * p.element_size() for p in trained)
     assert weights.optimizer_bytes == 8 * sum(weights.trained)
 
 
@@ -204,7 +206,7 @@ def test_phases_add_up_and_grow_with_the_batch(planned):
     _, tracer, weights = planned
     plan = plan_memory(tracer, weights, 4, rollout_batch=8)
     update = plan.phases["update"]
-    parts = update.base + update.adapters + update.heads + update.optimizer + update.gradients
+    parts = update.base + update.adapters + update.heads + update.optimizer + update.gradients + update.copy
     assert update.allocated == parts + update.kept + update.working
     assert update.needed == update.allocated + update.fragmentation + update.context
     assert plan.allocated == max(phase.allocated for phase in plan.phases.values())
@@ -212,6 +214,15 @@ def test_phases_add_up_and_grow_with_the_batch(planned):
     largest = largest_batches(tracer, weights, plan.needed)
     assert largest["update"] >= 4 or largest["generate"] >= 8
     assert min(largest.values()) >= 4
+
+
+def test_where_the_size_of_updates_is_held_a_copy_of_what_is_trained_lies_beside_the_update(planned):
+    config, tracer, weights = planned
+    phases = plan_memory(tracer, weights, 4).phases
+    assert {name: phase.copy for name, phase in phases.items() if phase.copy} == {"update": weights.trained_bytes}
+    free = plan_memory(Tracer(config, replace(FLOAT32, holds_updates=False)), weights, 4).phases["update"]
+    assert phases["update"].allocated - free.allocated == weights.trained_bytes > 0
+    assert ("copy before the update", "0.00", "0.00", "0.00", "0.00") in plan_memory(tracer, weights, 4).table()[1]
 
 
 def test_chosen_batches_fit_and_divide_the_optimizer_batch(planned):
@@ -286,6 +297,7 @@ def test_on_several_cards_weights_are_shared_out_and_nothing_is_lost():
     assert one == plan.phases["update"]
     assert two.base == found.split // 2 + found.unsplit
     assert (two.optimizer, two.gradients) == (one.optimizer // 2, one.gradients // 2)
+    assert two.copy == -(-one.copy // 2) > 0
     assert two.kept == one.kept
     adapters = sum(weights.adapter_bytes.values())
     assert two.working == one.working + 2 * (found.layer + adapters // 4) + found.head

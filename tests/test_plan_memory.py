@@ -51,6 +51,7 @@ def test_the_plan_is_printed_with_the_largest_batches(plan_memory, model: Path, 
     plan_memory.main(list(arguments))
     printed = capsys.readouterr().out
     for wanted in (
+        "copy before the update",
         "load",
         "generate",
         "score",
@@ -62,6 +63,16 @@ def test_the_plan_is_printed_with_the_largest_batches(plan_memory, model: Path, 
     ):
         assert wanted in printed
     assert "256" in printed.split("Largest batches")[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "held"), [((), True), (("--update_kl_target=0.1",), True), (("--update_kl_target=0",), False)]
+)
+def test_the_plan_keeps_a_copy_where_the_run_would(plan_memory, model: Path, flags, held) -> None:
+    plan, model_args, given = plan_memory.parse([f"--model_name_or_path={model}", *SHORT, *flags])
+    assert (
+        plan_memory.setup_of(plan, plan_memory.memory.load_config(str(model)), model_args, given).holds_updates is held
+    )
 
 
 @pytest.mark.parametrize(

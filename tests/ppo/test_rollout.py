@@ -9,7 +9,7 @@ from tests.ppo import tiny
 from trl_ext import Role
 from trl_ext.ppo.rollout import Rollout, add_advantages, add_kl_and_rewards, score_tokens
 
-EOS, END = 1, 5
+EOS, END, NAN = 1, 5, float("nan")
 PROMPTS = [[6, 7, 8], [9], [10, 11], [12, 13, 14, 15, 16]]
 COMPLETIONS = [[6, EOS], [7, 8, 9, 10], [END], [11, EOS, EOS]]  # the last one: eos inside, as a generator may give it
 FILLED = ("logps", "entropy", "reference_logps", "values")
@@ -175,3 +175,45 @@ def test_every_field_has_its_shape(model):
         if field.name in ("baseline_is_critic", "uncertainty", "per_function", "role_scores", "prompts", "completions"):
             continue  # filled by `collect`
         assert getattr(rollout, field.name).shape == shapes.get(field.name, (4, 4)), field.name
+
+
+# Rewards (1, 2) and (3, -, with the last token outside): G = (3, 2) and (3); their mean over three tokens is 8/3
+REWARDS = torch.tensor([[1.0, 2.0], [3.0, 9.0]])
+HAND_MASK = torch.tensor([[1, 1], [1, 0]])
+
+
+def advantages(values, whiten=False, **options):
+    rollout = make(prompts=[[6], [7]], completions=[[8, 9], [8]])
+    rollout.completion_mask, rollout.rewards, rollout.values = HAND_MASK, REWARDS, torch.tensor(values)
+    add_advantages(rollout, gamma=1.0, lam=0.5, value_lam=1.0, whiten=whiten, clip=None, **options)
+    return rollout
+
+
+def test_where_the_critic_explains_nothing_the_baseline_is_the_mean_return():
+    values = [[2.0, 3.0], [2.0, 7.0]]  # R - V = (1, -1, 1) varies more than R = (3, 2, 3)
+    rollout = advantages(values, trust_critic=False)
+    assert rollout.baseline_is_critic is False
+    expected = torch.tensor([[3 - 8 / 3, 2 - 8 / 3], [3 - 8 / 3, 0.0]])
+    torch.testing.assert_close(rollout.advantages, expected)
+    torch.testing.assert_close(rollout.returns, torch.tensor([[3.0, 2.0], [3.0, 0.0]]))  # what the critic learns
+    # whitened: mean 0, variance (1 + 4 + 1) / 27 = 2/9
+    white = advantages(values, whiten=True, trust_critic=False).advantages
+    torch.testing.assert_close(white, expected / (2 / 9) ** 0.5, rtol=1e-6, atol=1e-6)
+
+
+def test_a_critic_that_explains_some_or_is_trusted_stays_the_baseline():
+    good = [[2.5, 2.0], [2.5, 7.0]]  # R - V = (0.5, 0, 0.5) against R = (3, 2, 3): a quarter of the variance is left
+    bad = [[2.0, 3.0], [2.0, 7.0]]
+    for values, options in ((good, {"trust_critic": False}), (bad, {}), (bad, {"trust_critic": True})):
+        rollout = advantages(values, **options)
+        assert rollout.baseline_is_critic is True
+        # GAE, lambda 0.5: delta = (1 + V2 - V1, 2 - V2) and 3 - V1
+        (v1, v2), (w1, _) = values
+        last = 2 - v2
+        expected = torch.tensor([[1 + v2 - v1 + 0.5 * last, last], [3 - w1, 0.0]])
+        torch.testing.assert_close(rollout.advantages, expected)
+
+
+def test_what_the_critic_explains_is_of_all_processes():
+    # alone it explains some; sums that another process spoils explain nothing
+    assert not advantages([[2.5, 2.0], [2.5, 7.0]], trust_critic=False, reduce=lambda x: x * NAN).baseline_is_critic

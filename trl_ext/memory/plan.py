@@ -23,6 +23,7 @@ class Phase:
         base, adapters, heads: The weights.
         optimizer: States of it, those in paged memory too, since they come to the card when it steps.
         gradients: Of the trained adapters and the critic's head.
+        copy: Of these weights as they were before the update, which the control of its size may go back to.
         kept: Activations kept for backward, of policy and critic together; while generating, the KV cache.
         working: What comes and goes beside that: one layer, dequantised weights, a tile of logits.
         fragmentation, context: `FRAGMENTATION` of kept and working; `CONTEXT_BYTES`.
@@ -34,6 +35,7 @@ class Phase:
     heads: int
     optimizer: int = 0
     gradients: int = 0
+    copy: int = 0
     kept: int = 0
     working: int = 0
     fragmentation: int = 0
@@ -44,7 +46,7 @@ class Phase:
     def allocated(self) -> int:
         """What `torch.cuda.max_memory_allocated` will say."""
         weights = self.base + self.adapters + self.heads
-        return weights + self.optimizer - self.paged + self.gradients + self.kept + self.working
+        return weights + self.optimizer - self.paged + self.gradients + self.copy + self.kept + self.working
 
     @property
     def needed(self) -> int:
@@ -86,8 +88,9 @@ class MemoryPlan:
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Column titles and rows in GiB, a column for each phase."""
-        names = ("base", "adapters", "heads", "optimizer", "gradients", "kept", "working", "fragmentation", "context")
+        names = "base adapters heads optimizer gradients copy kept working fragmentation context".split()
         labels = {
+            "copy": "copy before the update",
             "kept": "KV cache / activations kept",
             "working": "working memory",
             "context": "CUDA context",
@@ -137,6 +140,7 @@ def phase_of(name: str, tracer: Tracer, weights: Weights, batch: int) -> Phase:
         heads=weights.head_bytes,
         optimizer=weights.optimizer_bytes * with_states,
         gradients=weights.gradient_bytes * (name == "update"),
+        copy=weights.trained_bytes * (name == "update" and setup.holds_updates),
         kept=round(kept),
         working=round(peak - kept),
         fragmentation=round(FRAGMENTATION * peak),

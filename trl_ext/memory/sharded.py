@@ -84,6 +84,7 @@ def on_cards(plan: MemoryPlan, found: Shares, cards: int) -> dict[str, Phase]:
             optimizer=share(phase.optimizer),
             paged=share(phase.paged),
             gradients=share(phase.gradients),
+            copy=share(phase.copy),
             working=phase.working + gathered,
         )
         for name, phase in phases.items()

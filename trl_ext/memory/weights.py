@@ -34,6 +34,7 @@ class Setup:
         trained_dtype, frozen_dtype: Of the adapters of policy and critic, and of reference and reward.
         optim: One of `OPTIMIZERS`.
         checkpointing: Gradient checkpointing.
+        holds_updates: Whether the size of updates is held (`update_kl_target` is not 0).
         prompt_length, completion_length: Tokens.
         attention: `attn_implementation`.
     """
@@ -48,6 +49,7 @@ class Setup:
     frozen_dtype: torch.dtype = torch.float32
     optim: str = "paged_adamw_8bit"
     checkpointing: bool = True
+    holds_updates: bool = True
     prompt_length: int = 512
     completion_length: int = 512
     attention: str = "sdpa"
@@ -74,7 +76,7 @@ class Weights:
         base_bytes: The base, its quantisation constants and its buffers.
         adapter_bytes: Of each role that has one; `head_bytes`: the float32 heads of reward and critic.
         trained: Elements of each trained tensor, adapters and the critic's head.
-        gradient_bytes, optimizer_bytes: Of these.
+        trained_bytes, gradient_bytes, optimizer_bytes: Of these.
         paged_bytes: The part of `optimizer_bytes` in paged memory, which torch's allocator does not count.
         largest_bytes: The largest tensor before quantisation, which loading holds beside the base.
     """
@@ -87,6 +89,7 @@ class Weights:
     adapter_bytes: dict[Role, int]
     head_bytes: int
     trained: tuple[int, ...]
+    trained_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
     paged_bytes: int
@@ -213,6 +216,7 @@ def count_weights(config: Any, setup: Setup) -> Weights:
         adapter_bytes=adapters,
         head_bytes=4 * hidden * len({Role.REWARD, Role.CRITIC} & set(setup.adapters)),
         trained=tuple(trained),
+        trained_bytes=2 * sum(sizes) * setup.trained_dtype.itemsize + 4 * hidden,
         gradient_bytes=sum(trained) * setup.trained_dtype.itemsize,
         optimizer_bytes=sum(total for total, _ in states),
         paged_bytes=sum(paged for _, paged in states),

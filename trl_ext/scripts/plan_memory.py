@@ -46,6 +46,9 @@ class PlanArguments:
     )
     gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations in backward."})
     bf16: bool = field(default=True, metadata={"help": "Train under autocast, as on a card; false for pure float32."})
+    update_kl_target: float | None = field(
+        default=None, metadata={"help": "0 where the size of updates is not held: then no copy of the weights is kept."}
+    )
     optim: str = field(default="paged_adamw_8bit", metadata={"help": "Optimizer."})
     adapters: list[str] = field(
         default_factory=lambda: ["policy", "reference", "reward", "critic"],
@@ -138,6 +141,7 @@ def setup_of(plan: PlanArguments, config: Any, model_args: Any, given: Given) ->
         trained_dtype=getattr(torch, plan.adapter_dtype),
         frozen_dtype=getattr(torch, plan.adapter_dtype),
         checkpointing=plan.gradient_checkpointing,
+        holds_updates=plan.update_kl_target != 0,
         prompt_length=plan.max_prompt_length,
         completion_length=plan.max_completion_length,
     )
@@ -183,6 +187,7 @@ def make_plan(recipe: PPOArguments, training: PPOMaxConfig, model_args: Any, giv
         trained_dtype=getattr(torch, recipe.adapter_dtype),
         frozen_dtype=getattr(torch, recipe.adapter_dtype),
         checkpointing=training.gradient_checkpointing,
+        holds_updates=training.update_kl_target != 0,
         prompt_length=max(encoder.prompt_lengths(dataset["prompt"])),
         completion_length=training.max_completion_length,
     )
