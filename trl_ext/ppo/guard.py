@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,13 +66,13 @@ def completion_figures(rollout: Rollout, reduce: Reduce) -> dict[str, float]:
 
 
 def distinct_pairs(completions: Sequence[Any], ids: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-    """Share of different ones among pairs of neighbouring words, of tokens where a text has no spaces; 0 without any."""
+    """Share of different ones among pairs of neighbouring words, of tokens where a text has no spaces."""
     pairs: list[tuple[Any, Any]] = []
     for completion, row, length in zip(completions, ids, lengths, strict=True):
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         words: Sequence[Any] = text.split()
         units = words if len(words) > 1 else row[:length]
-        pairs += zip(units, units[1:], strict=False)
+        pairs += pairwise(units)
     return len(set(pairs)) / max(len(pairs), 1)
 
 
