@@ -17,8 +17,7 @@ from transformers import (
 )
 
 from trl_ext import PPOMaxConfig, PPOMaxTrainer, Role, SharedBaseModel
-from trl_ext.ppo.rollout import Rollout
-from trl_ext.ppo.trainer import UPDATE_FIELDS
+from trl_ext.ppo.rollout import UPDATE_FIELDS, Rollout
 
 WORDS = [f"w{i}" for i in range(12)]
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", "<end>"]

@@ -12,8 +12,7 @@ from tests.ppo import tiny
 from tests.ppo.two_processes import KilledError, RaiseAfterSave, rank_reward
 from trl_ext import Role, SharedBaseModel
 from trl_ext.ppo import rollout as rollout_module
-from trl_ext.ppo.rollout import Rollout
-from trl_ext.ppo.trainer import UPDATE_FIELDS
+from trl_ext.ppo.rollout import UPDATE_FIELDS, Rollout
 
 # Environment in which accelerate starts each engine; `accelerate launch` sets it from a configuration file
 ENVIRONMENT = {

@@ -59,6 +59,8 @@ class PPOStateCallback(TrainerCallback, ExportableState):
         # TRL counts micro-batches from 0 and keeps its buffer. Without this, a run that goes on from the middle of a
         # rollout (where `max_steps` or an interrupt ended the last one) would generate at the wrong steps from then on.
         self.restart(state.global_step * args.gradient_accumulation_steps)
+        for steps in self.ppo_state.steps.values():
+            steps.begin()
         args.check_critic_warmup(state.max_steps)
         self.ppo_state.policy_start = args.warmup_of_critic(state.max_steps)
         if state.global_step > 0:
@@ -86,8 +88,8 @@ class PPOStateCallback(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, optimizer: Any = None, model: Any = None, **kwargs: Any
     ) -> None:
         """Log learning rate and gradient norm of each role; a norm that is not finite ends the run."""
-        for control, group in self.ppo_state.steps.of_groups(optimizer.param_groups):
-            control.before_step(group)
+        for steps, group in self.ppo_state.steps.of_groups(optimizer.param_groups):
+            steps.before_step(group)
         norms = {}
         for group in optimizer.param_groups:
             if "role" not in group:
@@ -100,9 +102,10 @@ class PPOStateCallback(TrainerCallback, ExportableState):
         if norms and not self.scaled:
             check_finite("gradient norm", norms, state.global_step, str(args.output_dir), model)
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        skipped = bool(getattr(optimizer, "step_was_skipped", False))
         for steps in self.ppo_state.steps.values():
-            steps.after_step()
+            steps.after_step(skipped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.save_waits |= control.should_save

@@ -26,6 +26,8 @@ UPDATES_TO_TARGET = 32
 WARMUP_ROLLOUTS, WARMUP_SHARE = 5, 10
 GUARD_ACTS = ("raise_beta", "step_back", "stop")
 KL_CONTROLS = ("pi", "fixed", "adaptive", "penalty")
+POLICY_OBJECTIVES = ("clip", "kl_penalty")
+EPSILON, PENALTY_COEF = 0.2, 1.0
 OFF = "null (None) switches it off"
 # Of `generation_kwargs`: what has a field of its own, or comes from elsewhere
 HAVE_THEIR_PLACE = {
@@ -150,7 +152,8 @@ class PPOMaxConfig(RLOOConfig):
         default="pi",
         metadata={
             "help": "How beta moves: 'pi', proportional and integral, which reaches the target without passing it by "
-            "much; 'fixed'; 'adaptive', the integral alone (Ziegler et al. 2019); 'penalty', doubling and halving.",
+            "much; 'fixed'; 'adaptive', the integral alone (Ziegler et al. 2019); 'penalty', which moves the KL penalty "
+            "of the reward by doubling and halving. For PPO-Penalty, with a KL in the loss, see `policy_objective`.",
             "choices": list(KL_CONTROLS),
         },
     )
@@ -163,7 +166,7 @@ class PPOMaxConfig(RLOOConfig):
             "help": "How far one update may take the policy: KL per sequence, in nats, between the policy that sampled "
             "a rollout batch and the policy after it. The learning rate changes from update to update to reach it, a "
             "step that goes too far is shortened, and the critic's steps are watched likewise; 0 switches all of it "
-            "off. Default: `kl_target` / 32."
+            "off. Default: `kl_target` / 32, and 0 under DeepSpeed, which steps the optimizer by itself."
         },
     )
     kl_horizon: Annotated[float | None, above(0)] = field(
@@ -182,6 +185,18 @@ class PPOMaxConfig(RLOOConfig):
     )
     advantage_clip: Annotated[float | None, above(0, OFF)] = field(
         default=None, metadata={"help": "Clip the (whitened) advantages to +- this. Off by default."}
+    )
+    policy_objective: Annotated[str, one_of(POLICY_OBJECTIVES)] = field(
+        default="clip",
+        metadata={
+            "help": "The policy's loss: 'clip' of the ratio (`epsilon`); 'kl_penalty', PPO-Penalty: the KL to the "
+            "policy that sampled takes its place, with a coefficient that doubles or halves after an update whose KL "
+            "is 1.5 times off `update_kl_target` (Schulman et al. 2017, section 4).",
+            "choices": list(POLICY_OBJECTIVES),
+        },
+    )
+    kl_penalty_coef: Annotated[float, above(0)] = field(
+        default=PENALTY_COEF, metadata={"help": "Where the coefficient of `policy_objective='kl_penalty'` starts."}
     )
     value_clip: Annotated[float | None, above(0, OFF)] = field(
         default=0.2, metadata={"help": "Clip of the value loss around the rollout's values; null switches it off."}
@@ -264,8 +279,7 @@ class PPOMaxConfig(RLOOConfig):
             self.critic_learning_rate = 3 * self.learning_rate
         if self.kl_horizon is None:
             self.kl_horizon = float(HORIZON_IN_BATCHES * (self.generation_batch_size or 1))
-        if self.update_kl_target is None:
-            self.update_kl_target = self.kl_target / UPDATES_TO_TARGET
+        self._choose_update_kl_target()
         evaluated = self.eval_strategy != "no"
         if self.keep_best_policy is None:
             self.keep_best_policy = evaluated and not self.load_best_model_at_end
@@ -288,6 +302,43 @@ class PPOMaxConfig(RLOOConfig):
         split = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(self.fsdp)
         if self._optim_by_base and quantised and not split and self.device.type == "cuda":
             self.optim = OptimizerNames.PAGED_ADAMW_8BIT
+
+    def _choose_update_kl_target(self) -> None:
+        """DeepSpeed holds the weights that are stepped, and steps them inside backward: no step can be shortened."""
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" or bool(self.deepspeed)
+        if self.update_kl_target is None:
+            self.update_kl_target = 0.0 if deepspeed else self.kl_target / UPDATES_TO_TARGET
+            if deepspeed and self.process_index == 0:
+                warnings.warn(
+                    "Under DeepSpeed the size of updates is not held (update_kl_target=0): a learning rate that is too "
+                    "high can destroy the policy. Data parallelism and FSDP2 hold it.",
+                    stacklevel=4,
+                )
+        elif deepspeed and self.update_kl_target > 0:
+            raise ValueError(
+                f"update_kl_target={self.update_kl_target:g} does not go with DeepSpeed, which steps the optimizer by "
+                "itself, on weights of its own: set it to 0, or use data parallelism or FSDP2."
+            )
+
+    def _check_policy_objective(self) -> None:
+        if self.policy_objective == "clip":
+            if self.kl_penalty_coef != PENALTY_COEF:
+                raise ValueError(
+                    f"kl_penalty_coef={self.kl_penalty_coef:g} does nothing with policy_objective='clip': set that to "
+                    "'kl_penalty', or leave the coefficient out."
+                )
+            return
+        if self.update_kl_target == 0:
+            raise ValueError(
+                "policy_objective='kl_penalty' moves its coefficient by the KL of each update, and update_kl_target is "
+                "0: set a target, or policy_objective='clip'."
+            )
+        for name, default in (("epsilon", EPSILON), ("epsilon_high", None)):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} does nothing with policy_objective='kl_penalty', which clips no "
+                    "ratio: leave it out, or set policy_objective='clip'."
+                )
 
     def _check_guard(self, evaluated: bool) -> None:
         unknown = [act for act in self.guard_acts if act not in GUARD_ACTS]
@@ -321,6 +372,7 @@ class PPOMaxConfig(RLOOConfig):
                 f"update_kl_target={self.update_kl_target:g} is above kl_target={self.kl_target:g}: one update would "
                 f"pass the target of the run. Lower it; the default is kl_target / {UPDATES_TO_TARGET}."
             )
+        self._check_policy_objective()
         if self.max_steps >= 1:
             self.check_critic_warmup(self.max_steps)
         shortest = LARGEST_BATCH_IN_HORIZONS * self.kl_horizon  # type: ignore[operator]

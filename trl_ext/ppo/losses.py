@@ -52,23 +52,56 @@ def policy_loss(
     if not 0 <= clip_low <= 1 or not clip_high >= 0:
         raise ValueError(f"clip_low must be in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}")
     mask = mask.bool()
-    # Masked before exp: an infinite ratio outside the mask would turn the gradient of the whole row into NaN.
-    logps = torch.where(mask, logps, 0)
-    old_logps = torch.where(mask, old_logps, 0).detach()
-    advantages = torch.where(mask, advantages, 0).detach()
-
+    logps, old_logps, advantages = _masked(mask, logps, old_logps, advantages)
     ratio = torch.exp(logps - old_logps)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = _token_mean(torch.maximum(unclipped, clipped), mask, num_tokens)
-    with torch.no_grad():
-        stats = {
-            "ratio_mean": masked_mean(ratio, mask),
-            "ratio_max": torch.where(mask, ratio, 0).amax(),
-            "clip_fraction": masked_mean((clipped > unclipped).to(ratio.dtype), mask),
-            "approx_kl": masked_mean(kl_estimate(old_logps, logps, "k3"), mask),
-        }
-    return loss, stats
+    clip_fraction = masked_mean((clipped > unclipped).to(ratio.dtype), mask)
+    return loss, _ratio_stats(ratio, kl_estimate(old_logps, logps, "k3"), mask) | {"clip_fraction": clip_fraction}
+
+
+def kl_penalty_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    coef: float,
+    *,
+    num_tokens: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's penalised surrogate, as a loss: the KL to the policy that sampled takes the place of the clip.
+
+        r = exp(logps - old_logps)
+        loss = sum (-A r + coef (r - 1 - log r)) / num_tokens
+
+    r - 1 - log r estimates KL(old, new) without bias and is never negative (k3). `ops.kl.PenaltyKL` moves the
+    coefficient after every update.
+
+    Source: Schulman et al. 2017, arXiv 1707.06347, equation 8.
+
+    Args:
+        logps: log-probabilities of the sampled tokens under the policy, (B, T). The only input with a gradient.
+        old_logps: the same under the policy that sampled them, (B, T).
+        advantages: A, (B, T).
+        mask: 1 on response tokens, (B, T).
+        coef: weight of the KL, not negative.
+        num_tokens: what the sum is divided by; the number of tokens in `mask` by default.
+
+    Returns:
+        (loss, stats), loss a scalar, 0 where the mask is empty. stats: `ratio_mean`, `ratio_max` and `approx_kl` as
+        those of `policy_loss`.
+
+    Raises:
+        ValueError: the shapes differ, or the coefficient is negative.
+    """
+    check_same_shape(logps=logps, old_logps=old_logps, advantages=advantages, mask=mask)
+    if not coef >= 0:
+        raise ValueError(f"coef must be >= 0, got {coef}")
+    mask = mask.bool()
+    logps, old_logps, advantages = _masked(mask, logps, old_logps, advantages)
+    ratio, kl = torch.exp(logps - old_logps), kl_estimate(old_logps, logps, "k3")
+    return _token_mean(coef * kl - advantages * ratio, mask, num_tokens), _ratio_stats(ratio, kl, mask)
 
 
 def value_loss(
@@ -152,6 +185,20 @@ def explained_variance(
     _, residual_var = masked_mean_var(returns.to(dtype) - values.to(dtype), mask, reduce)
     _, return_var = masked_mean_var(returns, mask, reduce)
     return torch.where(return_var > 0, 1 - residual_var / return_var, 0)
+
+
+def _masked(mask: Tensor, logps: Tensor, *constants: Tensor) -> list[Tensor]:
+    """0 outside the mask, before exp: an infinite ratio there would turn the gradient of the whole row into NaN."""
+    return [torch.where(mask, logps, 0), *(torch.where(mask, x, 0).detach() for x in constants)]
+
+
+@torch.no_grad()
+def _ratio_stats(ratio: Tensor, kl: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    return {
+        "ratio_mean": masked_mean(ratio, mask),
+        "ratio_max": torch.where(mask, ratio, 0).amax(),
+        "approx_kl": masked_mean(kl, mask),
+    }
 
 
 def _token_mean(x: Tensor, mask: Tensor, num_tokens: Tensor | float | None) -> Tensor:

@@ -45,6 +45,8 @@ class PPOState:
         policy_start: The first optimizer step that trains the policy; those before it train the critic only.
         moments: Of all sequence scores so far.
         rollouts: How many batches there have been.
+        steps: Hold the size of updates.
+        penalty: Moves the coefficient of the KL in the loss, with `policy_objective="kl_penalty"`.
         config: The run's `FIXED_FIELDS`.
     """
 
@@ -53,6 +55,7 @@ class PPOState:
     moments: RunningMoments = field(default_factory=RunningMoments)
     rollouts: int = 0
     steps: StepControls = field(default_factory=lambda: StepControls(0.0, 1))
+    penalty: PenaltyKL | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -61,7 +64,9 @@ class PPOState:
         config = {name: getattr(args, name) for name in FIXED_FIELDS}
         steps = StepControls(args.update_kl_target, args.steps_per_update)
         warmup = args.warmup_of_critic(max(args.max_steps, 0))
-        return cls(make_kl_controller(args), warmup, config=config, steps=steps)
+        penalised = args.policy_objective == "kl_penalty"
+        penalty = PenaltyKL(args.kl_penalty_coef, args.update_kl_target) if penalised else None
+        return cls(make_kl_controller(args), warmup, config=config, steps=steps, penalty=penalty)
 
     def in_warmup(self, step: int) -> bool:
         """Whether this optimizer step trains the critic only."""
@@ -87,6 +92,18 @@ class PPOState:
             self.policy_start = step
         self.rollouts += 1
 
+    def record_update(self, moved: dict[str, float]) -> None:
+        """React to an update of the policy: the coefficient of the KL in the loss doubles or halves.
+
+        The target sinks with the square of the schedule's factor, as that of the step does: without it a rate on its
+        way to 0 would halve the coefficient for ever.
+
+        Args:
+            moved: What `StepControl.end` returned; empty where the policy took no step.
+        """
+        if self.penalty is not None and moved.get("wanted", 0.0) > 0:
+            self.penalty.update(moved["distance"] / moved["wanted"] * self.penalty.target, 1)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, fit for `trainer_state.json`."""
         return {
@@ -95,6 +112,7 @@ class PPOState:
             "policy_start": self.policy_start,
             "rollouts": self.rollouts,
             "steps": self.steps.state_dict(),
+            "penalty": self.penalty.state_dict() if self.penalty is not None else {},
             "config": dict(self.config),
         }
 
@@ -122,5 +140,7 @@ class PPOState:
         self.kl.load_state_dict(saved["kl"])
         self.rollouts = int(saved["rollouts"])
         self.steps.load_state_dict(saved.get("steps", {}))
+        if self.penalty is not None and saved.get("penalty"):
+            self.penalty.load_state_dict(saved["penalty"])
         start = saved.get("policy_start", 0 if saved.get("warmup_done") else step + 1)
         self.policy_start = start if start <= step else max(self.policy_start, step)

@@ -24,6 +24,7 @@ TOO_FAR = 2.0  # times the target: the step is shortened
 SLOWER, FASTER = 1 / 3, 2.0  # bounds of the rate's change from one update to the next
 SLOWEST, FASTEST = 1e-5, 1e3  # bounds of the rate's factor
 SHORTEST, LONGEST, TRIES = 0.1, 0.7, 6  # bounds of one try to shorten a step, and the number of them
+FLOOR = 1e-6  # distances below are rounding in float32
 TINY = 1e-12
 
 
@@ -69,11 +70,14 @@ class StepControl:
 
     With d the distance after k of K optimizer steps, and f the schedule's factor on the learning rate:
 
-        budget = target f^2
-        rate of the next update: times clip(sqrt(budget / (d (K / k)^2)), 1/3, 2), because d grows with its square
+        budget = max(target f^2, noise)
+        rate of the next update: times clip(sqrt(target f^2 / (d (K / k)^2)), 1/3, 2), because d grows with its square
         d > budget: the role rests until the next rollout, if it `rests`
         d > 2 budget: the last step is shortened, at first by sqrt(budget / d), until d is within 2 budgets; after 6
             tries it is taken back. Adam's moments stay: they come from gradients before that step.
+
+    The noise is the distance before the first step of an update, which is not 0 in 16 bits, where a pass over other
+    rows rounds in another way. It is taken off d. A step that a float16 scaler skipped is none.
 
     Every process decides alike, since distances are those of all of them. All that outlives an update is `scale`.
 
@@ -94,31 +98,47 @@ class StepControl:
         self.target, self.steps, self.fastest, self.rests = target, steps, fastest, rests
         self.scale = 1.0
         self._weights: list[nn.Parameter] = []
-        self._kept: list[Tensor] = []
         self._group: dict[str, Any] | None = None
-        self._begin()
+        self.begin()
 
-    def _begin(self) -> None:
-        self.taken, self.distance, self.budget, self.shortened = 0, 0.0, 0.0, 1.0
+    def begin(self) -> None:
+        """Begin an update, whatever was left of another."""
+        self._kept: list[Tensor] = []
+        self.taken, self.distance, self.wanted, self.shortened = 0, 0.0, 0.0, 1.0
         self.resting = self.unchecked = False
+        self.noise: float | None = None
 
     def before_step(self, group: dict[str, Any]) -> None:
         """Set the rate of an optimizer's group for one step, and keep its weights as they are."""
         self._group, self._rate, self._weights = group, group["lr"], group["params"]
         full = group.get("initial_lr", self._rate)
-        self.budget = self.target * (self._rate / full if full else 0.0) ** 2
+        self.wanted = self.target * (self._rate / full if full else 0.0) ** 2
         group["lr"] = self._rate * self.scale
         self._kept = [weight.detach().clone() for weight in self._weights]
 
-    def after_step(self) -> None:
-        """Give the group back the rate of its schedule."""
+    def after_step(self, skipped: bool = False) -> None:
+        """Give the group back the rate of its schedule; `skipped`: a float16 scaler left the weights as they were."""
         if self._group is not None:
             self._group["lr"], self._group = self._rate, None
-            self.taken += 1
-            self.unchecked = True
+            if not skipped:
+                self.taken += 1
+                self.unchecked = True
+
+    @property
+    def waits(self) -> bool:
+        """Whether a distance is asked for: before the first step of an update, and after each."""
+        return self.unchecked or (self.noise is None and not self.taken)
+
+    @property
+    def budget(self) -> float:
+        """The distance that the update may cover."""
+        return max(self.wanted, self.noise or 0.0, FLOOR)
+
+    def _without_noise(self, distance: float) -> float:
+        return max(distance - (self.noise or 0.0), 0.0) if math.isfinite(distance) else math.inf
 
     def check(self, distance: float, measure: Callable[[], float]) -> bool:
-        """Answer to the distance after a step.
+        """Answer to a distance: the one before the first step of an update is noise, the others are of a step.
 
         Args:
             distance: Between the role at the rollout and now.
@@ -127,8 +147,12 @@ class StepControl:
         Returns:
             Whether the weights have changed, or the role rests from now on: what was computed with them is void.
         """
+        if not self.taken:
+            self.noise = distance if math.isfinite(distance) else 0.0
+            return False
         self.unchecked = False
-        shorten = not distance <= TOO_FAR * self.budget  # NaN is too far as well
+        distance = self._without_noise(distance)
+        shorten = distance > TOO_FAR * self.budget
         if shorten:
             distance = self._shorten(distance, measure)
         self.distance = distance
@@ -140,20 +164,20 @@ class StepControl:
         steps = [weight.detach() - kept for weight, kept in zip(self._weights, self._kept, strict=True)]
         share = 1.0
         for _ in range(TRIES):
-            wanted = math.sqrt(self.budget / distance) if math.isfinite(distance) and distance > 0 else 0.0
+            wanted = math.sqrt(self.budget / distance)  # 0 where the distance is infinite
             share *= min(max(wanted, SHORTEST), LONGEST)
             for weight, kept, step in zip(self._weights, self._kept, steps, strict=True):
                 weight.copy_(kept + share * step)
-            distance = measure()
+            distance = self._without_noise(measure())
             if distance <= TOO_FAR * self.budget:
                 break
         else:
-            share = 0.0
+            self.shortened = 0.0
             for weight, kept in zip(self._weights, self._kept, strict=True):
                 weight.copy_(kept)
-            distance = measure()
+            distance = self._without_noise(measure())
         self.shortened = min(self.shortened, share)
-        self.scale = self._bounded(self.scale * max(share, SHORTEST**TRIES))
+        self.scale = self._bounded(self.scale * share)
         return distance
 
     def _bounded(self, scale: float) -> float:
@@ -166,20 +190,19 @@ class StepControl:
             measure: Measures the distance on some rows of the rollout.
 
         Returns:
-            `distance` covered, `scale` of the rate in it, `steps` taken of those planned, `shortened`; none where the
-            role took no step.
+            `distance` covered, the one `wanted`, `scale` of the rate, `steps` taken of those planned, `shortened`;
+            nothing where the role took no step.
         """
         if not self.taken:
             return {}
         stats = {"scale": self.scale, "steps": self.taken / self.steps}
         if self.unchecked:
             self.check(measure(), measure)
-        if self.budget > 0 and self.shortened == 1:
+        if self.wanted > 0 and self.shortened == 1:
             planned = max(self.distance, TINY) * (self.steps / self.taken) ** 2
-            self.scale = self._bounded(self.scale * min(max(math.sqrt(self.budget / planned), SLOWER), FASTER))
-        stats |= {"distance": self.distance, "shortened": self.shortened}
-        self._kept = []
-        self._begin()
+            self.scale = self._bounded(self.scale * min(max(math.sqrt(self.wanted / planned), SLOWER), FASTER))
+        stats |= {"distance": self.distance, "wanted": self.wanted, "shortened": self.shortened}
+        self.begin()
         return stats
 
 
@@ -224,7 +247,7 @@ class StepControls(dict[Role, StepControl]):
         """
         void = False
         for role, control in self.items():
-            if control.unchecked and OUTPUT[role] in outputs:
+            if control.waits and OUTPUT[role] in outputs:
                 distance = DISTANCE[role](rows, outputs[OUTPUT[role]], reduce)
                 void |= control.check(distance, self._measured(role, rows, measure, reduce))
         return void

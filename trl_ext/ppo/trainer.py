@@ -17,7 +17,7 @@ from trl_ext.ppo.callback import PPOStateCallback
 from trl_ext.ppo.config import PPOMaxConfig
 from trl_ext.ppo.data import PTXBatches, check_inputs, ptx_batches
 from trl_ext.ppo.guard import completion_figures
-from trl_ext.ppo.losses import policy_loss, value_loss
+from trl_ext.ppo.losses import kl_penalty_loss, policy_loss, value_loss
 from trl_ext.ppo.rollout import Rollout, collect
 from trl_ext.ppo.state import PPOState
 from trl_ext.ppo.step import OUTPUT, Rows
@@ -32,6 +32,7 @@ from trl_ext.roles import (
     max_positions,
     shared_base_model,
 )
+from trl_ext.roles.sharding import drop_gathered
 from trl_ext.runs import RunGuard, check_finite
 from trl_ext.scoring import RewardSource, RewardSources
 from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer
@@ -248,7 +249,7 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
     # ------------------------------------------------------------------ the second seam: loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Clipped policy loss + vf_coef * clipped value loss (- entropy) (+ language-model loss)."""
+        """Policy loss + vf_coef * clipped value loss (- entropy) (+ language-model loss)."""
         args = self.args
         num_tokens = inputs["num_tokens"]
         batch = Rollout.from_update_batch(inputs)
@@ -259,6 +260,8 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
             # 1. One pass per role, inside one call of the wrapped module; anew where it shows that a step was too long
             outputs = self._pass(model, batch)
             if self.ppo_state.steps.check(inputs, outputs, self._outputs_now, self._sum):
+                del outputs  # with the activations that it keeps
+                drop_gathered(self.model)
                 outputs = self._pass(model, batch)
 
         # 2. The terms, each a token mean over the whole rollout batch of all processes
@@ -268,17 +271,9 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         terms = {"value_loss": args.vf_coef * value}
         stats = {"value_loss": value, "clip_fraction/value": value_stats["clip_fraction"]}
         if "logps" in outputs:
-            policy, policy_stats = policy_loss(
-                outputs["logps"],
-                batch.logps,
-                batch.advantages,
-                mask,
-                self.epsilon_low,
-                self.epsilon_high,
-                num_tokens=num_tokens,
-            )
+            policy, policy_stats = self._policy_loss(outputs["logps"], batch, mask, num_tokens)
             terms["policy_loss"] = policy
-            stats |= {"policy_loss": policy, "clip_fraction/policy": policy_stats.pop("clip_fraction"), **policy_stats}
+            stats |= {"policy_loss": policy, **policy_stats}
             if args.entropy_coef > 0 and "entropy" in outputs:
                 terms["entropy"] = -args.entropy_coef * outputs["entropy"].sum() / num_tokens
             if "ptx_loss" in outputs:
@@ -379,9 +374,21 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         )
         return outputs
 
+    def _policy_loss(
+        self, logps: Tensor, batch: Rollout, mask: Tensor, num_tokens: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        given = (logps, batch.logps, batch.advantages, mask)
+        penalty = self.ppo_state.penalty
+        if penalty is not None:
+            loss, stats = kl_penalty_loss(*given, penalty.coef, num_tokens=num_tokens)
+            return loss, stats | {"kl_penalty_coef": loss.new_tensor(penalty.coef)}
+        loss, stats = policy_loss(*given, self.epsilon_low, self.epsilon_high, num_tokens=num_tokens)
+        return loss, {"clip_fraction/policy": stats.pop("clip_fraction"), **stats}
+
     @torch.no_grad()
     def _outputs_now(self, role: Role, inputs: Rows) -> Tensor:
         """Log-probabilities of the policy or values of the critic, (B, T)."""
+        drop_gathered(self.model)
         batch = Rollout.from_update_batch(inputs)
         shape = tuple(batch.completion_ids.shape)
         outputs = self.model(parts=batch.parts(), roles=(role,), temperature=self.temperature, shape=shape)
@@ -392,6 +399,7 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         stats = logging.step_metrics(ended)
         self.record(stats)
         self.watch.end_update(stats)
+        self.ppo_state.record_update(ended.get(Role.POLICY, {}))
         self.timer.end_update()
 
     def _sum(self, x: Tensor) -> Tensor:

@@ -110,6 +110,12 @@ def shared_out(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def drop_gathered(model: nn.Module) -> None:
+    """Let the next pass gather weights anew: after one without backward the outermost still are, and may be old."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def whole_weights(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Weights by name, put together again and on the CPU; every process must ask, and all get them.
 
@@ -117,6 +123,5 @@ def whole_weights(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, 
         model: Sharded.
         wanted: Whether a parameter of this name is.
     """
-    if isinstance(model, FSDPModule):
-        model.reshard()  # after a pass without gradient the outermost weights are still gathered, and may be old
+    drop_gathered(model)
     return {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if wanted(name)}
