@@ -29,7 +29,7 @@ FLAGS = [
     {"kl_control": "fixed"},
     {"kl_control": "penalty"},
     {"kl_target": 1e-4},
-    {"kl_horizon": 8.0},
+    {"kl_control": "adaptive", "kl_horizon": 8.0},
     {"gamma": 0.9},
     {"gae_lambda": 0.5},
     {"normalize_advantages": False},
@@ -115,9 +115,10 @@ def test_the_penalty_for_a_missing_end_is_exact(world, tmp_path):
 
 
 def test_the_entropy_bonus_raises_entropy_and_ptx_lowers_its_own_loss(world, tmp_path):
-    plain, bonus = (trained(world, tmp_path, entropy_coef=coef, beta=0.0) for coef in (0.0, 5.0))
+    far = {"update_kl_target": 0.0}
+    plain, bonus = (trained(world, tmp_path, entropy_coef=coef, beta=0.0, **far) for coef in (0.0, 5.0))
     assert tiny.rollout_entries(bonus)[-1]["entropy"] > tiny.rollout_entries(plain)[-1]["entropy"] + 0.02
-    entries = tiny.rollout_entries(trained(world, tmp_path, ptx_coef=10.0, max_steps=12))
+    entries = tiny.rollout_entries(trained(world, tmp_path, ptx_coef=10.0, max_steps=12, **far))
     assert entries[-1]["ptx_loss"] < entries[0]["ptx_loss"] - 0.2
 
 
@@ -131,12 +132,14 @@ def test_the_first_update_of_a_rollout_sees_the_policy_that_sampled_it(world, tm
 
 # ---------------------------------------------------------------------- warm-up
 
+# As long as was asked, every step of it whole: neither a good critic nor a long step changes the rates
+WARMUP = {"critic_warmup_explained_variance": None, "update_kl_target": 0.0}
+
 
 def test_warm_up_leaves_the_policy_alone_to_the_last_bit_while_the_critic_learns(world, tmp_path):
     weights = Weights()
-    trainer = trained(
-        world, tmp_path, callbacks=[weights], critic_warmup_steps=3, max_steps=6, weight_decay=0.1, beta=0.1
-    )
+    options = WARMUP | {"critic_warmup_steps": 3, "max_steps": 6, "weight_decay": 0.1, "beta": 0.1}
+    trainer = trained(world, tmp_path, callbacks=[weights], **options)
     assert weights.moved(Role.POLICY) == [False] * 3 + [True] * 3
     assert weights.moved(Role.CRITIC) == [True] * 6
     entries = tiny.rollout_entries(trainer)
@@ -147,7 +150,7 @@ def test_warm_up_leaves_the_policy_alone_to_the_last_bit_while_the_critic_learns
 @pytest.mark.parametrize(("threshold", "moved"), [(-1e9, [True] * 6), (1.0, [False] * 4 + [True] * 2)])
 def test_warm_up_ends_early_when_the_critic_explains_enough(world, tmp_path, threshold, moved):
     weights = Weights()
-    options = {"critic_warmup_steps": 4, "critic_warmup_explained_variance": threshold, "max_steps": 6}
+    options = WARMUP | {"critic_warmup_steps": 4, "critic_warmup_explained_variance": threshold, "max_steps": 6}
     trained(world, tmp_path, callbacks=[weights], **options)
     assert weights.moved(Role.POLICY) == moved
 
@@ -167,7 +170,7 @@ def factors(name, steps, warmup):
 @pytest.mark.parametrize("warmup", [0, 3, 0.5])
 def test_the_policys_learning_rate_follows_its_schedule_from_its_own_first_step_on(world, tmp_path, name, warmup):
     options = {"lr_scheduler_type": name, "warmup_steps": warmup, "max_steps": 10, "critic_learning_rate": 0.02}
-    trainer = trained(world, tmp_path, critic_warmup_steps=4, **options)
+    trainer = trained(world, tmp_path, critic_warmup_steps=4, **WARMUP | options)
     steps = [math.ceil(warmup * total) if warmup < 1 else warmup for total in (6, 10)]
     own, whole_run = factors(name, 6, steps[0]), factors(name, 10, steps[1])
     assert rates(trainer, "policy")[4:] == pytest.approx([1e-2 * factor for factor in own])
@@ -176,7 +179,7 @@ def test_the_policys_learning_rate_follows_its_schedule_from_its_own_first_step_
 
 
 def test_the_schedule_starts_with_the_policy_where_the_critic_is_ready_early(world, tmp_path):
-    options = {"critic_warmup_steps": 5, "critic_warmup_explained_variance": -1e9, "warmup_steps": 2}
+    options = WARMUP | {"critic_warmup_steps": 5, "critic_warmup_explained_variance": -1e9, "warmup_steps": 2}
     early = trained(world, tmp_path, **options)
     assert early.ppo_state.policy_start == 0
     assert rates(early, "policy")[1:] == pytest.approx([1e-2 * factor for factor in factors("linear", 8, 2)[1:]])
@@ -186,7 +189,7 @@ def test_a_schedule_of_the_users_own_is_left_as_it_is(world, tmp_path):
     model = tiny.four_roles(world)
     optimizer = torch.optim.SGD(model.parameter_groups({Role.POLICY: 0.5, Role.CRITIC: 0.25}))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    args = tiny.config(tmp_path, **RUN | {"critic_warmup_steps": 4})
+    args = tiny.config(tmp_path, **RUN | WARMUP | {"critic_warmup_steps": 4})
     own = {"args": args, "train_dataset": tiny.prompts(), "optimizers": (optimizer, scheduler)}
     trainer = PPOMaxTrainer(model=model, **own)
     trainer.train()
@@ -212,20 +215,26 @@ def test_the_reference_computes_only_where_beta_is_not_zero(world, tmp_path, mon
     assert entry["beta"] == beta
 
 
-def adaptive(beta, kl, target, horizon, n):
-    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
+def bounded(x, size):
+    return min(max(x, -size), size)
 
 
 @pytest.mark.parametrize("target", [1e-4, 0.5, 100.0])
-@pytest.mark.parametrize("control", ["fixed", "adaptive", "penalty"])
+@pytest.mark.parametrize("control", ["pi", "fixed", "adaptive", "penalty"])
 def test_beta_moves_as_its_controller_says(world, tmp_path, control, target):
-    trainer = trained(world, tmp_path, kl_control=control, kl_target=target, kl_horizon=16.0, max_steps=8)
+    options = {"kl_control": control, "kl_target": target, "kl_horizon": 16.0, "max_steps": 8}
+    trainer = trained(world, tmp_path, **options, update_kl_target=0.0, guard=False)
     entries = tiny.rollout_entries(trainer)
     betas, kls = [entry["beta"] for entry in entries], [entry["kl"] for entry in entries]
     expected = [0.05]
-    for kl in kls[:-1]:
+    for last, kl in zip([0.0, *kls], kls[:-1], strict=False):
         penalty = 2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0
-        factor = {"fixed": 1.0, "penalty": penalty, "adaptive": adaptive(1.0, kl, target, 16.0, 4)}[control]
+        factor = {
+            "pi": math.exp(0.1 * bounded(kl / target - 1, 1) + 1.5 * bounded((kl - last) / target, 1)),
+            "fixed": 1.0,
+            "penalty": penalty,
+            "adaptive": 1 + bounded(kl / target - 1, 0.2) * 4 / 16.0,
+        }[control]
         expected.append(expected[-1] * factor)
     assert betas == pytest.approx(expected, rel=1e-6)
 
@@ -254,7 +263,7 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_batch(world, tmp_pat
 def test_optimizer_steps_over_one_rollout_share_its_gradient(world, tmp_path):
     # 4 micro-batches, 2 to an optimizer step, 2 passes: at a learning rate of 0 the mean of the 4 steps is the whole.
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
-    options |= {"num_iterations": 2, "learning_rate": 1e-30, "critic_learning_rate": 0.0}
+    options |= {"num_iterations": 2, "learning_rate": 1e-30, "critic_learning_rate": 0.0, "update_kl_target": 0.0}
     trainer = tiny.trainer(world, tmp_path, **OPEN | options)
     parts = tiny.gradients(trainer, tiny.random_rollout(), steps=4)
     for name, gradient in whole(world, tmp_path).items():

@@ -170,6 +170,18 @@ def random_rollout(rows: int = 8, prompt: int = 3, completion: int = 5) -> Rollo
     )
 
 
+def give_rollout(trainer: PPOMaxTrainer, rollout: Rollout) -> None:
+    """Let a trainer train on this rollout; of several processes each takes its share of the rows."""
+
+    def give(inputs):
+        start = trainer.accelerator.process_index * len(inputs)
+        part = {f: getattr(rollout, f)[start : start + len(inputs)] for f in UPDATE_FIELDS}
+        trainer._probe = part
+        return part | {"num_tokens": trainer._tokens_per_micro_batch(Rollout(**part))}
+
+    trainer._generate_and_score_completions = give
+
+
 def gradients(trainer: PPOMaxTrainer, rollout: Rollout, steps: int = 1) -> dict[str, torch.Tensor | None]:
     """Mean gradient of each trained weight over the first optimizer steps of `train()`, if this is the rollout.
 
@@ -186,13 +198,8 @@ def gradients(trainer: PPOMaxTrainer, rollout: Rollout, steps: int = 1) -> dict[
                     found[name] = found.get(name, 0) + parameter.grad / steps
             control.should_training_stop = state.global_step + 1 >= steps
 
-    def give(inputs):
-        start = trainer.accelerator.process_index * len(inputs)
-        part = {f: getattr(rollout, f)[start : start + len(inputs)] for f in UPDATE_FIELDS}
-        return part | {"num_tokens": trainer._tokens_per_micro_batch(Rollout(**part))}
-
     trainer.add_callback(Record())
-    trainer._generate_and_score_completions = give
+    give_rollout(trainer, rollout)
     trainer.train()
     return found
 

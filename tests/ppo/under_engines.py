@@ -12,7 +12,7 @@ from tests.ppo import tiny
 from tests.ppo.two_processes import KilledError, RaiseAfterSave, rank_reward
 from trl_ext import Role, SharedBaseModel
 from trl_ext.ppo import rollout as rollout_module
-from trl_ext.ppo.rollout import UPDATE_FIELDS, Rollout
+from trl_ext.ppo.rollout import Rollout
 
 # Environment in which accelerate starts each engine; `accelerate launch` sets it from a configuration file
 ENVIRONMENT = {
@@ -82,14 +82,7 @@ def updated(world: Path, folder: Path, processes: int, model=None, **options) ->
     settings = {"max_steps": 5, "epsilon": 0.9, "value_clip": 5.0, "entropy_coef": 0.1} | options
     settings["per_device_train_batch_size"] //= processes
     trainer = tiny.trainer(world, folder, model=model, **settings)
-    rollout = uneven_rollout()
-
-    def give(inputs):
-        start = trainer.accelerator.process_index * len(inputs)
-        part = {f: getattr(rollout, f)[start : start + len(inputs)] for f in UPDATE_FIELDS}
-        return part | {"num_tokens": trainer._tokens_per_micro_batch(Rollout(**part))}
-
-    trainer._generate_and_score_completions = give
+    tiny.give_rollout(trainer, uneven_rollout())
     trainer.train()
     return {role.value: tiny.role_weights(trainer.model, role) for role in Role}
 

@@ -152,8 +152,8 @@ class PPOMaxConfig(RLOOConfig):
         default="pi",
         metadata={
             "help": "How beta moves: 'pi', proportional and integral, which reaches the target without passing it by "
-            "much; 'fixed'; 'adaptive', the integral alone (Ziegler et al. 2019); 'penalty', which moves the KL penalty "
-            "of the reward by doubling and halving. For PPO-Penalty, with a KL in the loss, see `policy_objective`.",
+            "much; 'fixed'; 'adaptive', the integral alone (Ziegler et al. 2019); 'penalty', which moves the KL "
+            "penalty of the reward by doubling and halving. For a KL in the loss see `policy_objective`.",
             "choices": list(KL_CONTROLS),
         },
     )
