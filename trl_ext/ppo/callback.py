@@ -97,12 +97,16 @@ class PPOStateCallback(TrainerCallback, ExportableState):
         if norms and not self.scaled:
             check_finite("gradient norm", norms, state.global_step, str(args.output_dir), model)
 
+    def at_border(self, args: Any, state: Any) -> bool:
+        """Whether no rollout batch is half used up, or training is over."""
+        per_rollout = args.steps_per_generation * args.num_iterations
+        used_up = state.global_step * args.gradient_accumulation_steps % per_rollout == 0
+        return used_up or state.global_step >= state.max_steps
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.save_waits |= control.should_save
         self.evaluate_waits |= control.should_evaluate
-        per_rollout = args.steps_per_generation * args.num_iterations
-        at_border = state.global_step * args.gradient_accumulation_steps % per_rollout == 0
-        at_border = at_border or state.global_step >= state.max_steps
+        at_border = self.at_border(args, state)
         control.should_save, control.should_evaluate = self.save_waits and at_border, self.evaluate_waits and at_border
         if at_border:
             self.end_update()

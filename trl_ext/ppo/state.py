@@ -6,20 +6,6 @@ from typing import Any
 from trl_ext.ops.kl import AdaptiveKL, FixedKL, KLController, PenaltyKL
 from trl_ext.ops.moments import RunningMoments
 
-# Fields that change the meaning of what the state holds. A run can't go on with others.
-FIXED_FIELDS = (
-    "reward_normalization",
-    "beta",
-    "kl_control",
-    "kl_estimator",
-    "num_generations",
-    "num_iterations",
-    "steps_per_generation",
-    "generation_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-)
-
 
 def make_kl_controller(args: Any) -> KLController:
     """The controller that `kl_control` names. A beta of 0 leaves the KL out, so there is nothing to control."""
@@ -40,20 +26,17 @@ class PPOState:
         policy_start: The first optimizer step that trains the policy; those before it train the critic only.
         moments: Of all sequence scores so far.
         rollouts: How many batches there have been.
-        config: The run's `FIXED_FIELDS`.
     """
 
     kl: KLController
     policy_start: int
     moments: RunningMoments = field(default_factory=RunningMoments)
     rollouts: int = 0
-    config: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_run(cls, args: Any) -> "PPOState":
         """The state in which a run with this `PPOMaxConfig` begins."""
-        config = {name: getattr(args, name) for name in FIXED_FIELDS}
-        return cls(make_kl_controller(args), args.critic_warmup_steps, config=config)
+        return cls(make_kl_controller(args), args.critic_warmup_steps)
 
     def in_warmup(self, step: int) -> bool:
         """Whether this optimizer step trains the critic only."""
@@ -86,7 +69,6 @@ class PPOState:
             "kl": self.kl.state_dict(),
             "policy_start": self.policy_start,
             "rollouts": self.rollouts,
-            "config": dict(self.config),
         }
 
     def load_state_dict(self, saved: dict[str, Any], step: int) -> None:
@@ -98,17 +80,7 @@ class PPOState:
             saved: What `state_dict` returned; or that of version 0.1, which held `warmup_done`, and whose learning
                 rate had counted the policy's steps from the first step of the run on.
             step: Optimizer steps that the checkpoint has behind it.
-
-        Raises:
-            ValueError: It was written under a configuration in which its numbers mean something else.
         """
-        for name, own in self.config.items():
-            if saved["config"].get(name) != own:
-                old = saved["config"].get(name)
-                raise ValueError(
-                    f"the checkpoint was written with {name}={old!r}, this run has {name}={own!r}: its state does "
-                    f"not fit. Resume with {name}={old!r}, or start a new run from the checkpoint's adapters."
-                )
         self.moments.load_state_dict(saved["moments"])
         self.kl.load_state_dict(saved["kl"])
         self.rollouts = int(saved["rollouts"])
