@@ -97,6 +97,7 @@ class StopSignals(TrainerCallback):
         number = self.stopped_by or self._agreed()  # one that came after the last border
         if not number:
             return
+        self.accelerator.wait_for_everyone()  # each has written its part: a launcher ends all when one has ended
         if self.accelerator.is_main_process:
             done = f"{signal.Signals(number).name}: training ended after step {state.global_step} of {state.max_steps}."
             print(f"{done} {self._saved(args)}", flush=True)
