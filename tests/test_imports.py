@@ -27,7 +27,7 @@ ALLOWED = {
     "engines": {"roles", "checkpoints"},
     "run_identity": {"roles", "checkpoints"},
     "signals": set(),
-    "training": {"engines", "roles", "run_identity", "runs", "signals"},
+    "training": {"checkpoints", "engines", "roles", "run_identity", "runs", "signals"},
     "roles": {"ops"},
     "text": set(),
     "generation": {"ops", "roles", "text"},

@@ -26,7 +26,13 @@ class StopSignals(TrainerCallback):
     Args:
         accelerator: The trainer's.
         at_border: Whether a checkpoint can be written after the step of this `TrainerState`; alike on all processes.
+
+    Attributes:
+        stopped_by: The signal at which training has ended; 0: none.
+        how_to_go_on: What a user is told to do with the checkpoint.
     """
+
+    how_to_go_on = "go on with resume_from_checkpoint=True (in a recipe --resume_from_checkpoint true)"
 
     def __init__(self, accelerator: Any, at_border: Callable[[Any], bool]):
         self.accelerator, self.at_border = accelerator, at_border
@@ -112,9 +118,7 @@ class StopSignals(TrainerCallback):
             return f"Nothing more was saved: go on from the last checkpoint in {args.output_dir}, if there is one."
         if args.save_only_model:
             return f"Saved {self.saved}, without optimizer: save_only_model=True."
-        return (
-            f"Saved {self.saved}: go on with resume_from_checkpoint=True (in a recipe --resume_from_checkpoint true)."
-        )
+        return f"Saved {self.saved}: {self.how_to_go_on}."
 
     def _agreed(self) -> int:
         """The signal that has reached any process, 0 for none."""

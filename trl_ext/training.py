@@ -3,18 +3,22 @@
 `RoleTrainer` comes before TRL's or transformers' trainer in a class statement.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 
+from trl_ext.checkpoints import checkpoints_of
 from trl_ext.engines import EngineCallback, is_fsdp, resume_from, zero_stage
 from trl_ext.roles.role import Role
 from trl_ext.roles.sharding import is_sharded, whole_weights
 from trl_ext.run_identity import RunIdentity, tokenizer_facts
 from trl_ext.runs import RunGuard, checksum
 from trl_ext.signals import StopSignals
+
+LOGGER = logging.getLogger(__name__)
 
 
 class RolesLoader(TrainerCallback):
@@ -92,14 +96,26 @@ class RoleTrainer(Trainer):
             ValueError: There is no such checkpoint, or it is one of another run.
             KeyboardInterrupt, SystemExit: After SIGINT, SIGTERM.
         """
-        adapters = getattr(self.model, "adapters", {})
-        others = [name for name, role in adapters.items() if role is not Role.POLICY]
-        resume = resume_from(resume_from_checkpoint, self.args, self.accelerator, others, self.identity.difference)
-        self.loader.folder = resume
+        resume = self.loader.folder = self._checkpoint(resume_from_checkpoint)
         with self.stop.installed():
             output = super().train(resume, trial, ignore_keys_for_eval)
         self.stop.leave(self.args, self.state)
         return output
+
+    def own_checkpoint(self) -> str | None:
+        """The newest whole checkpoint of this run in `output_dir`; None, and a warning where others lie there."""
+        if not checkpoints_of(str(self.args.output_dir)):
+            return None
+        try:
+            return self._checkpoint(True)
+        except ValueError as error:
+            LOGGER.warning("the run begins anew: %s", error)
+            return None
+
+    def _checkpoint(self, given: str | bool | None) -> str | None:
+        adapters = getattr(self.model, "adapters", {})
+        others = [name for name, role in adapters.items() if role is not Role.POLICY]
+        return resume_from(given, self.args, self.accelerator, others, self.identity.difference)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of one optimizer step; none once the run has all its steps, as when a finished one is resumed."""
