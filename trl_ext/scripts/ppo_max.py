@@ -39,6 +39,7 @@ from trl_ext.scripts.running import (
     quiet_libraries,
     show_progress,
     start_run,
+    without_traceback,
     write_json,
 )
 from trl_ext.scripts.tables import before_and_after, plot_run, print_pairs, print_table
@@ -189,6 +190,7 @@ def metric_labels(gold: bool) -> list[tuple[str, str, str]]:
     ]
 
 
+@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Train, compare before and after, and say where everything is."""
     quiet_libraries()
