@@ -99,8 +99,12 @@ class RoleTrainer(Trainer):
         resume = self.loader.folder = self._checkpoint(resume_from_checkpoint)
         with self.stop.installed():
             output = super().train(resume, trial, ignore_keys_for_eval)
-        self.stop.leave(self.args, self.state)
+        self.finish()
         return output
+
+    def finish(self) -> None:
+        """What comes after training: a run that a signal has stopped leaves."""
+        self.stop.leave(self.args, self.state)
 
     def own_checkpoint(self) -> str | None:
         """The newest whole checkpoint of this run in `output_dir`; None, and a warning where others lie there."""

@@ -19,6 +19,7 @@ from trl_ext.ppo.data import PTXBatches, check_inputs, ptx_batches
 from trl_ext.ppo.guard import completion_figures
 from trl_ext.ppo.losses import kl_penalty_loss, policy_loss, value_loss
 from trl_ext.ppo.rollout import Rollout, collect
+from trl_ext.ppo.sets import SeveralSets
 from trl_ext.ppo.state import PPOState
 from trl_ext.ppo.step import OUTPUT, Rows
 from trl_ext.ppo.watching import WatchCallback
@@ -43,7 +44,7 @@ AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatase
 PROBE = 4  # the last step of an update is checked on one in so many rows of the rollout
 
 
-class PPOMaxTrainer(RoleTrainer, RLOOTrainer):
+class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
     """Proximal policy optimisation with the stability tricks of PPO-Max, on TRL's online loop.
 
     Source: Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO" (arXiv 2307.04964); Schulman et
@@ -152,7 +153,6 @@ class PPOMaxTrainer(RoleTrainer, RLOOTrainer):
         # 4. What PPO adds
         engine = zero_stage(self.accelerator) > 0 or is_fsdp(self.accelerator)
         self.create_optimizer()
-        self._evaluated_set = ""  # name of the one that is being evaluated, of several
         self.timer = logging.PhaseTimer()
         self.ppo_state = PPOState.of_run(args)
         state_callback = PPOStateCallback(
@@ -182,23 +182,13 @@ class PPOMaxTrainer(RoleTrainer, RLOOTrainer):
         self.add_run_callbacks(facts, lambda state: args.at_border(state.global_step, state.max_steps))
         model.model_card = self._card
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """As `RoleTrainer.train`.
-
-        Raises:
-            RuntimeError: The guard has stopped the run. Its best or last good policy and critic are in `output_dir`.
-        """
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+    def finish(self) -> None:
+        """As `RoleTrainer.finish`; a run that the guard has stopped saves its policy and raises a RuntimeError."""
+        super().finish()
         why = self.watch.stopped()
         if why is not None:
             self.save_model()
             raise RuntimeError(why)
-        return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One group for each trained role, with a learning rate of its own; DeepSpeed asks for it anew."""
@@ -295,26 +285,7 @@ class PPOMaxTrainer(RoleTrainer, RLOOTrainer):
         self.record(logging.average_over_processes(stats))
         return torch.stack(list(terms.values())).sum()
 
-    # ------------------------------------------------------------------ further overrides: sets, the card
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As `Trainer.evaluate`; of several sets each has names of its own, `eval_<set>_reward` and so on."""
-        before, self._evaluated_set = self._evaluated_set, metric_key_prefix.removeprefix("eval").removeprefix("_")
-        try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._evaluated_set = before
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `RLOOTrainer.log`, which knows no sets."""
-        if self._evaluated_set and not self.model.training:
-            metrics = self._metrics["eval"]
-            renamed = {f"{self._evaluated_set}_{name}": values for name, values in metrics.items()}
-            metrics.clear()
-            metrics.update(renamed)
-        super().log(logs, start_time)
+    # ------------------------------------------------------------------ a further override: the card
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -432,8 +403,7 @@ class PPOMaxTrainer(RoleTrainer, RLOOTrainer):
         self.guard.start_tracking(self.args, self.state, self.control, model=self.model)  # TRL logs how long it takes
         return complete(self._generate, self.model, self.args, prompts)
 
-    def _restart(self, micro_batches: int) -> None:
-        """Begin with a fresh rollout, so many micro-batches into the run."""
+    def _restart(self, micro_batches: int) -> None:  # with a fresh rollout, so many micro-batches into the run
         self._step, self._buffered_inputs = micro_batches, None
 
     def _card(self, *named: Any) -> str:
