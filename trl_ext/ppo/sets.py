@@ -8,6 +8,7 @@ from transformers import Trainer
 class SeveralSets(Trainer):
     """What `RLOOTrainer` lacks to be evaluated on several sets; it logs them all under one name."""
 
+    model: Any
     _metrics: Any
     _evaluated_set = ""  # name of the one that is being evaluated
 
