@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from trl_ext.ops.kl import AdaptiveKL, FixedKL, PenaltyKL, kl_estimate
+from trl_ext.ops.kl import PIKL, AdaptiveKL, FixedKL, PenaltyKL, kl_estimate
 
 LOGPS = torch.tensor([-1.0, -0.5, -2.0])
 REF_LOGPS = torch.tensor([-1.2, -0.4, -1.5])
+EACH = [FixedKL, lambda c: AdaptiveKL(c, 6, 1000), lambda c: PenaltyKL(c, 6), lambda c: PIKL(c, 6, 0.1, 1.5)]
 
 
 def test_estimators_by_hand():
@@ -71,12 +72,57 @@ def test_adaptive_refuses_a_batch_that_would_turn_the_coefficient_negative():
     assert controller.update(0.0, 499) > 0
 
 
+def test_pi_by_hand():
+    # target 4; log coef moves by 0.1 e + 2 d
+    controller = PIKL(1.0, target=4, integral=0.1, proportional=2.0)
+    assert math.log(controller.update(1.0, 8)) == pytest.approx(0.1 * -0.75 + 2 * 0.25)  # from 0 up to 1
+    before = controller.coef
+    assert math.log(controller.update(5.0, 8) / before) == pytest.approx(0.1 * 0.25 + 2 * 1.0)
+    before = controller.coef
+    assert math.log(controller.update(4.0, 8) / before) == pytest.approx(2 * -0.25)  # on target and falling
+    before = controller.coef
+    assert controller.update(4.0, 8) == before  # on target and still
+    assert math.log(controller.update(400.0, 8) / before) == pytest.approx(0.1 + 2)  # both are clipped at 1
+
+
+def course(controller, batches=300, disturbed=150):
+    """The KL of a policy that the reward pulls away and the coefficient pulls back, from 0 on.
+
+    A policy with the best reward at a given coefficient has a KL of about `pull` / coefficient^2; it goes there by a
+    tenth of the way a batch. After a while something throws it far off.
+    """
+    kl, pull, seen = 0.0, 0.05, []
+    for batch in range(batches):
+        kl += 0.1 * (min(pull / controller.coef**2, 60.0) - kl)
+        if batch == disturbed:
+            kl *= 2.5
+        seen.append(kl)
+        controller.update(kl, 32)
+    return seen
+
+
+def test_pi_reaches_the_target_without_passing_it_by_a_third_and_comes_back_where_adaptive_overshoots():
+    target = 6.0
+    kl = course(PIKL(0.05, target, 0.1, 1.5))
+    assert max(kl[:150]) <= 4 / 3 * target
+    assert max(kl[:150]) >= 0.9 * target, "it gets there"
+    assert kl[140:150] == pytest.approx([target] * 10, rel=0.1)
+    assert kl[-10:] == pytest.approx([target] * 10, rel=0.1), "and back after a disturbance"
+    assert max(course(AdaptiveKL(0.05, target, 640.0))[:150]) > 4 / 3 * target
+
+
+@pytest.mark.parametrize(("integral", "proportional"), [(0.0, 1.0), (-0.1, 1.0), (0.1, -1.0), (math.nan, 1.0)])
+def test_pi_refuses_bad_gains(integral, proportional):
+    with pytest.raises(ValueError, match="integral|proportional"):
+        PIKL(0.1, 6, integral, proportional)
+
+
 def test_penalty_doubles_and_halves_beyond_a_factor_of_one_and_a_half():
     controller = PenaltyKL(1.0, target=6)
     assert [controller.update(kl, 1) for kl in (9.1, 9.0, 4.0, 3.9, 3.9)] == [2.0, 2.0, 2.0, 1.0, 0.5]
 
 
-@pytest.mark.parametrize("make", [FixedKL, lambda c: AdaptiveKL(c, 6, 1000), lambda c: PenaltyKL(c, 6)])
+@pytest.mark.parametrize("make", EACH)
 def test_state_survives_a_checkpoint(make):
     controller = make(0.05)
     controller.update(60.0, 100)
@@ -86,7 +132,7 @@ def test_state_survives_a_checkpoint(make):
     assert resumed.update(60.0, 100) == controller.update(60.0, 100)
 
 
-@pytest.mark.parametrize("make", [FixedKL, lambda c: AdaptiveKL(c, 6, 1000), lambda c: PenaltyKL(c, 6)])
+@pytest.mark.parametrize("make", EACH)
 def test_bad_observations_are_errors(make):
     for coef in (-0.1, math.nan, math.inf):
         with pytest.raises(ValueError, match="coef"):
@@ -100,7 +146,7 @@ def test_bad_observations_are_errors(make):
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_bad_targets_and_horizons_are_errors(bad):
-    for make in (lambda: AdaptiveKL(0.1, bad, 10), lambda: PenaltyKL(0.1, bad)):
+    for make in (lambda: AdaptiveKL(0.1, bad, 10), lambda: PenaltyKL(0.1, bad), lambda: PIKL(0.1, bad, 0.1, 1.5)):
         with pytest.raises(ValueError, match="target"):
             make()
     with pytest.raises(ValueError, match="horizon"):

@@ -16,8 +16,14 @@ DEFAULTS = {
     "missing_eos_penalty": None,
     "beta": 0.05,
     "kl_estimator": "k1",
-    "kl_control": "adaptive",
+    "kl_control": "pi",
     "kl_target": 6.0,
+    "update_kl_target": 6.0 / 32,
+    "policy_objective": "clip",
+    "learning_rate": 1e-4,
+    "critic_baseline": "explained",
+    "critic_warmup_steps": None,
+    "critic_warmup_explained_variance": 0.2,
     "gamma": 1.0,
     "gae_lambda": 0.95,
     "normalize_advantages": True,
@@ -43,8 +49,34 @@ def make(tmp_path, **options):
 def test_the_defaults_are_those_of_ppo_max(tmp_path):
     config = make(tmp_path)
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
-    assert config.critic_warmup_steps > 0
     assert config.num_iterations > 1
+
+
+def test_the_critic_warms_up_for_five_rollouts_and_at_most_a_tenth_of_the_run(tmp_path):
+    # 3 optimizer steps a pass, 2 passes: 6 steps an update
+    config = make(tmp_path, gradient_accumulation_steps=4, steps_per_generation=12)
+    assert config.steps_per_update == 6
+    # whole rollouts: a tenth of 59 steps is none, of 60 one, of 300 five
+    assert [config.warmup_of_critic(steps) for steps in (1, 59, 60, 299, 300, 10_000)] == [0, 0, 6, 24, 30, 30]
+    assert make(tmp_path, critic_warmup_steps=7).warmup_of_critic(10) == 7
+
+
+def test_an_update_may_cover_a_thirty_second_of_the_target_of_the_run(tmp_path):
+    assert make(tmp_path, kl_target=16.0).update_kl_target == 0.5
+    assert make(tmp_path, update_kl_target=0.0).update_kl_target == 0.0
+
+
+def test_deepspeed_steps_by_itself_and_the_size_of_updates_is_not_held(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(trl.RLOOConfig, "__post_init__", lambda self: None)  # which wants deepspeed itself
+    monkeypatch.setattr(PPOMaxConfig, "process_index", 0)
+    options = {"generation_batch_size": 8, "steps_per_generation": 1}
+    with pytest.warns(UserWarning, match=r"Under DeepSpeed .*update_kl_target=0") as warned:
+        assert make(tmp_path, **options).update_kl_target == 0.0
+    assert len(warned) == 1
+    with pytest.raises(ValueError, match=r"update_kl_target=0.1 does not go with DeepSpeed.*FSDP2"):
+        make(tmp_path, **options, update_kl_target=0.1)
+    assert make(tmp_path, **options, update_kl_target=0.0).update_kl_target == 0.0
 
 
 @pytest.mark.parametrize(
@@ -78,8 +110,12 @@ def test_the_defaults_are_those_of_ppo_max(tmp_path):
         ("gae_lambda", -0.1, "between 0 and 1"),
         ("value_lambda", 1.5, "between 0 and 1"),
         ("reward_normalization", "whiten", "one of norm, scale, none"),
-        ("kl_control", "linear", "one of fixed, adaptive, penalty"),
+        ("kl_control", "linear", "one of pi, fixed, adaptive, penalty"),
         ("kl_estimator", "k4", "one of k1, k2, k3"),
+        ("policy_objective", "trpo", "one of clip, kl_penalty"),
+        ("critic_baseline", "never", "one of explained, always"),
+        ("update_kl_target", -0.1, "at least 0"),
+        ("kl_penalty_coef", 0.0, "above 0"),
         ("critic_warmup_explained_variance", 1.5, "at most 1"),
         ("reward_clip_range", (-1.0, 1.0), "use reward_clip"),
         ("mask_truncated_completions", True, "use missing_eos_penalty"),
@@ -111,17 +147,21 @@ def test_an_error_names_the_field_the_value_and_the_remedy(tmp_path, name, value
             r"generation_batch_size \(6\) must be divisible",
         ),
         ({"num_generations": 0}, "num_generations=0"),
+        ({"update_kl_target": 3.0, "kl_target": 2.0}, r"update_kl_target=3 is above kl_target=2: .*Lower it"),
         (
-            {"critic_warmup_explained_variance": 0.5, "critic_warmup_steps": 0},
-            "set the steps to the longest that the warm-up may take",
+            {"policy_objective": "kl_penalty", "update_kl_target": 0.0},
+            "policy_objective='kl_penalty'.*update_kl_target is 0: set a target, or policy_objective='clip'",
         ),
+        ({"kl_penalty_coef": 2.0}, "kl_penalty_coef=2 does nothing with policy_objective='clip'"),
+        ({"policy_objective": "kl_penalty", "epsilon": 0.1}, "epsilon=0.1 does nothing with policy_objective"),
+        ({"policy_objective": "kl_penalty", "epsilon_high": 0.3}, "epsilon_high=0.3 does nothing with policy_obj"),
         ({"critic_warmup_steps": 5, "max_steps": 5}, r"critic_warmup_steps=5 takes all of the 5 optimizer steps"),
         (
             {"critic_warmup_steps": 5, "warmup_steps": 5, "max_steps": 10},
             r"warms the learning rate up for 5 optimizer steps, and the policy has 5 after critic_warmup_steps=5",
         ),
         (
-            {"per_device_train_batch_size": 8, "steps_per_generation": 4, "kl_horizon": 6.4},
+            {"per_device_train_batch_size": 8, "steps_per_generation": 4, "kl_horizon": 6.4, "kl_control": "adaptive"},
             r"kl_horizon=6.4 is too short for rollout batches of 32 samples: .*must be above 6.4",
         ),
         ({"generation_kwargs": {"temperature": 0.5}}, r"'temperature': 0.5.*use the field temperature"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trl_ext.ppo.losses import explained_variance, policy_loss, value_loss
+from trl_ext.ppo.losses import explained_variance, kl_penalty_loss, policy_loss, value_loss
 
 NAN, INF = float("nan"), float("inf")
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -55,6 +55,47 @@ def test_at_ratio_one_the_loss_is_minus_the_mean_advantage_and_its_gradient_that
     assert loss.item() == pytest.approx(-5 / 4)
     torch.testing.assert_close(logps.grad, -ADVANTAGES * MASK / 4)
     assert (stats["ratio_mean"], stats["ratio_max"], stats["clip_fraction"], stats["approx_kl"]) == (1, 1, 0, 0)
+
+
+def test_kl_penalty_loss_by_hand():
+    # -A r: -3, +0.5, -0.5, -3; r - 1 - ln r as above: 0.0945349, twice 0.1931472, 0
+    loss, stats = kl_penalty_loss(LOGPS, OLD_LOGPS, ADVANTAGES, MASK, 2.0)
+    kl = 0.0945349 + 2 * 0.1931472
+    assert loss.item() == pytest.approx((-6 + 2 * kl) / 4, abs=1e-6)
+    assert stats.keys() == {"ratio_mean", "ratio_max", "approx_kl"}
+    assert stats["approx_kl"].item() == pytest.approx(kl / 4, abs=1e-6)
+    assert kl_penalty_loss(LOGPS, OLD_LOGPS, ADVANTAGES, MASK, 2.0, num_tokens=8)[0].item() == pytest.approx(loss / 2)
+
+
+def test_the_kl_in_the_loss_pulls_back_and_not_where_nothing_has_moved():
+    # d(-A r + coef (r - 1 - ln r)) / dlogp = -A r + coef (r - 1)
+    logps = LOGPS.clone().requires_grad_()
+    kl_penalty_loss(logps, OLD_LOGPS, ADVANTAGES, MASK, 2.0)[0].backward()
+    expected = torch.tensor([[-3.0 + 1.0, 0.5 - 1.0, -0.5 - 1.0], [-3.0, 0, 0]]) / 4
+    torch.testing.assert_close(logps.grad, expected)
+    logps = torch.randn(2, 3).requires_grad_()
+    kl_penalty_loss(logps, logps.detach(), 0 * ADVANTAGES, MASK, 5.0)[0].backward()
+    assert torch.equal(logps.grad, torch.zeros(2, 3))
+
+
+def test_the_gradient_of_the_penalised_loss_is_that_of_finite_differences():
+    logps = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    given = (OLD_LOGPS.double(), ADVANTAGES.double(), MASK, 0.7)
+    assert torch.autograd.gradcheck(lambda x: kl_penalty_loss(x, *given)[0], logps)
+
+
+def test_the_penalised_loss_ignores_garbage_and_refuses_a_negative_coefficient():
+    logps = (LOGPS + GARBAGE).requires_grad_()
+    loss, _ = kl_penalty_loss(logps, OLD_LOGPS - GARBAGE, ADVANTAGES + GARBAGE, MASK, 2.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(kl_penalty_loss(LOGPS, OLD_LOGPS, ADVANTAGES, MASK, 2.0)[0].item())
+    assert logps.grad.isfinite().all()
+    assert kl_penalty_loss(LOGPS, OLD_LOGPS, ADVANTAGES, EMPTY, 2.0)[0].item() == 0
+    for coef in (-1.0, NAN):
+        with pytest.raises(ValueError, match="coef must be >= 0"):
+            kl_penalty_loss(LOGPS, OLD_LOGPS, ADVANTAGES, MASK, coef)
+    with pytest.raises(ValueError, match=r"advantages \(2, 2\)"):
+        kl_penalty_loss(LOGPS, OLD_LOGPS, ADVANTAGES[:, :2], MASK, 1.0)
 
 
 # Tokens of (V, V_old, R), c = 0.2: (1.0, 0.5, 1.0) the clip holds V' at 0.7, error 0.3 > 0; (0.1, 0.2, 0.0) inside the

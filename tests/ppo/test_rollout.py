@@ -172,6 +172,6 @@ def test_every_field_has_its_shape(model):
     shapes |= {"scores": (4,), "shaped_scores": (4,), "truncated": (4,), "prompt_ids": (4, 5), "prompt_mask": (4, 5)}
     assert rollout.uncertainty is None, "one reward adapter is no ensemble"
     for field in fields(Rollout):
-        if field.name in ("uncertainty", "per_function", "role_scores", "prompts", "completions"):
+        if field.name in ("baseline_is_critic", "uncertainty", "per_function", "role_scores", "prompts", "completions"):
             continue  # filled by `collect`
         assert getattr(rollout, field.name).shape == shapes.get(field.name, (4, 4)), field.name

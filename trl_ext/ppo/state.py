@@ -1,5 +1,6 @@
 """What PPO-Max remembers from one rollout to the next: a plain record, and how it reads in a checkpoint."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +85,7 @@ class PPOState:
         Args:
             moved: What `StepControl.end` returned; empty where the policy took no step.
         """
-        if self.penalty is not None and moved.get("wanted", 0.0) > 0:
+        if self.penalty is not None and moved.get("wanted", 0.0) > 0 and math.isfinite(moved["distance"]):
             self.penalty.update(moved["distance"] / moved["wanted"] * self.penalty.target, 1)
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ A ratio clip bounds the gradient of a sample, not the step: Adam moves every wei
 rate that is ten times too high destroys a policy in one step. Here how far a role has moved in an update is measured on
 the rollout itself, in the pass that the next step makes anyway, and answered in three ways: the rate changes from
 update to update so that an update covers its target; a policy that has covered it rests for the passes that are left;
-and a step that went much too far is taken back and shortened.
+and an update that went much too far is taken back and shortened. It is the update, and not its last step alone: each
+check sees a part of the rollout, and may find too late that a step before the last went too far for other rows.
 """
 
 import math
@@ -68,13 +69,13 @@ def _ratio(numerator: Tensor, denominator: Tensor, reduce: Reduce) -> float:
 class StepControl:
     """Keeps the distance that one role covers in an update at a target.
 
-    With d the distance after k of K optimizer steps, and f the schedule's factor on the learning rate:
+    With d the distance after k of K optimizer steps, and f the largest factor of the schedule in the update:
 
         budget = max(target f^2, noise)
         rate of the next update: times clip(sqrt(target f^2 / (d (K / k)^2)), 1/3, 2), because d grows with its square
         d > budget: the role rests until the next rollout, if it `rests`
-        d > 2 budget: the last step is shortened, at first by sqrt(budget / d), until d is within 2 budgets; after 6
-            tries it is taken back. Adam's moments stay: they come from gradients before that step.
+        d > 2 budget: what the update has moved so far is shortened, at first by sqrt(budget / d), until d is within 2
+            budgets; after 6 tries it is taken back. Adam's moments stay: they come from gradients before that step.
 
     The noise is the distance before the first step of an update, which is not 0 in 16 bits, where a pass over other
     rows rounds in another way. It is taken off d. A step that a float16 scaler skipped is none.
@@ -91,7 +92,7 @@ class StepControl:
         scale: The factor on the learning rate.
         resting: No step until the next rollout.
         unchecked: A step was taken since the distance was measured.
-        shortened: What was left of the shortest step of this update; 1 where none was shortened.
+        shortened: What was left of this update's way; 1 where it was not shortened.
     """
 
     def __init__(self, target: float, steps: int, fastest: float, rests: bool):
@@ -109,12 +110,13 @@ class StepControl:
         self.noise: float | None = None
 
     def before_step(self, group: dict[str, Any]) -> None:
-        """Set the rate of an optimizer's group for one step, and keep its weights as they are."""
+        """Set the rate of an optimizer's group for one step; before the first of an update keep its weights."""
         self._group, self._rate, self._weights = group, group["lr"], group["params"]
         full = group.get("initial_lr", self._rate)
-        self.wanted = self.target * (self._rate / full if full else 0.0) ** 2
+        self.wanted = max(self.wanted, self.target * (self._rate / full if full else 0.0) ** 2)
         group["lr"] = self._rate * self.scale
-        self._kept = [weight.detach().clone() for weight in self._weights]
+        if not self._kept:
+            self._kept = [weight.detach().clone() for weight in self._weights]
 
     def after_step(self, skipped: bool = False) -> None:
         """Give the group back the rate of its schedule; `skipped`: a float16 scaler left the weights as they were."""
@@ -161,13 +163,13 @@ class StepControl:
 
     @torch.no_grad()
     def _shorten(self, distance: float, measure: Callable[[], float]) -> float:
-        steps = [weight.detach() - kept for weight, kept in zip(self._weights, self._kept, strict=True)]
+        ways = [weight.detach() - kept for weight, kept in zip(self._weights, self._kept, strict=True)]
         share = 1.0
         for _ in range(TRIES):
             wanted = math.sqrt(self.budget / distance)  # 0 where the distance is infinite
             share *= min(max(wanted, SHORTEST), LONGEST)
-            for weight, kept, step in zip(self._weights, self._kept, steps, strict=True):
-                weight.copy_(kept + share * step)
+            for weight, kept, way in zip(self._weights, self._kept, ways, strict=True):
+                weight.copy_(kept + share * way)
             distance = self._without_noise(measure())
             if distance <= TOO_FAR * self.budget:
                 break
@@ -176,7 +178,7 @@ class StepControl:
             for weight, kept in zip(self._weights, self._kept, strict=True):
                 weight.copy_(kept)
             distance = self._without_noise(measure())
-        self.shortened = min(self.shortened, share)
+        self.shortened *= share
         self.scale = self._bounded(self.scale * share)
         return distance
 
