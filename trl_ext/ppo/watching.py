@@ -147,6 +147,15 @@ class WatchCallback(TrainerCallback, ExportableState):
                     LOGGER.warning("the %s policy, of step %d, is the result", name, int(snapshot.info["step"]))
                 return
 
+    def outcome(self) -> dict[str, Any]:
+        """What a report says of it: every alarm, why the run was stopped, and the steps of the policies it kept."""
+        guard = self.guard.state if self.guard is not None else None
+        return {
+            "alarms": guard.raised if guard is not None else [],
+            "stopped": guard.stopped if guard is not None else None,
+            **{f"{name}_policy": dict(snapshot.info) for name, snapshot in self.snapshots.items() if snapshot.info},
+        }
+
     def stopped(self) -> str | None:
         """Why the guard stopped the run, in words for its user; None where it did not."""
         if self.guard is None or self.guard.state.stopped is None:
