@@ -25,7 +25,7 @@ WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule",
 BF16_HELP = "Compute in bfloat16. Default, with fp16 unset too: what the card can do, else float16; float32 on a CPU."
 
 
-class RunStopped(RuntimeError):
+class RunStoppedError(RuntimeError):
     """A run was stopped for a fault that it showed; what it had learned before is saved. The message says both."""
 
 

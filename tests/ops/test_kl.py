@@ -113,7 +113,7 @@ def test_pi_reaches_the_target_without_passing_it_by_a_third_and_comes_back_wher
 
 @pytest.mark.parametrize(("integral", "proportional"), [(0.0, 1.0), (-0.1, 1.0), (0.1, -1.0), (math.nan, 1.0)])
 def test_pi_refuses_bad_gains(integral, proportional):
-    with pytest.raises(ValueError, match="integral|proportional"):
+    with pytest.raises(ValueError, match=r"integral|proportional"):
         PIKL(0.1, 6, integral, proportional)
 
 

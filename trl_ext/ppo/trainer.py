@@ -35,7 +35,7 @@ from trl_ext.roles import (
 )
 from trl_ext.roles.sharding import drop_gathered
 from trl_ext.run_identity import data_facts, reward_facts
-from trl_ext.runs import RunStopped, check_finite
+from trl_ext.runs import RunStoppedError, check_finite
 from trl_ext.scoring import RewardSource, RewardSources
 from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer
 from trl_ext.training import RoleTrainer
@@ -183,12 +183,12 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
         model.model_card = self._card
 
     def finish(self) -> None:
-        """As `RoleTrainer.finish`; a run that the guard has stopped saves its policy and raises `RunStopped`."""
+        """As `RoleTrainer.finish`; a run that the guard has stopped saves its policy and raises `RunStoppedError`."""
         super().finish()
         why = self.watch.stopped()
         if why is not None:
             self.save_model()
-            raise RunStopped(why)
+            raise RunStoppedError(why)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One group for each trained role, with a learning rate of its own; DeepSpeed asks for it anew."""

@@ -20,7 +20,7 @@ from trl import ModelConfig
 
 from trl_ext import PPOMaxConfig
 from trl_ext.data import load_split
-from trl_ext.runs import RunStopped
+from trl_ext.runs import RunStoppedError
 from trl_ext.scripts.arguments import (
     LORA,
     PPOArguments,
@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
         stopped = None
         try:
             trainer.train(resume_from_checkpoint=resume)
-        except RunStopped as error:  # with a sound policy, which is reported before the process ends with 1
+        except RunStoppedError as error:  # with a sound policy, which is reported before the process ends with 1
             stopped = str(error)
         trainer.save_model()
         show("Evaluating the policy after training ...", flush=True)
@@ -258,9 +258,7 @@ def report(trainer: Any, prompts: Any, after: dict[str, float], toy: bool) -> No
     if "best_policy" in outcome:
         best, evaluated = outcome["best_policy"], [e["eval_reward"] for e in history if "eval_reward" in e]
         last = evaluated[-2]  # the one after it is that of the best policy
-        print(
-            f"best policy      step {best['step']:.0f}, reward {best['reward']:.3g}; at the last evaluation {last:.3g}"
-        )
+        print(f"best policy      step {best['step']:.0f}, reward {best['reward']:.3g}; of the last one {last:.3g}")
     print(f"policy adapter   {folder}\ncritic adapter   {folder / 'critic'}")
     print(f"reward adapter   {folder / 'reward'}" if (folder / "reward").is_dir() else "", end="\n")
     print(f"curves           {folder / 'training.png'}")
