@@ -64,3 +64,11 @@ def test_every_option_of_rrhf_is_documented(repo_root: Path) -> None:
     ours = {f.name for f in dataclasses.fields(RRHFConfig)} - {f.name for f in dataclasses.fields(TrainingArguments)}
     page = (repo_root / "docs" / "rrhf.md").read_text()
     assert {name for name in ours if f"`{name}`" not in page} == set()
+
+
+def test_what_may_change_when_a_run_is_resumed_is_documented_and_nothing_else(repo_root: Path) -> None:
+    from trl_ext.run_identity import MAY_CHANGE
+
+    page = (repo_root / "docs" / "resuming.md").read_text().split("What may change (")[1]
+    rows = dict(re.findall(r"^\| ([a-z ]+) \| (`.*) \|$", page, flags=re.M))
+    assert {group: tuple(re.findall(r"`(\w+)`", row)) for group, row in rows.items()} == MAY_CHANGE

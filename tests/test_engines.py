@@ -32,7 +32,8 @@ def accelerator(kind="NO", stage=None, processes=1, **fsdp):
 
 def arguments(per_device, accumulation, rollout=None, **options):
     batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
-    batch |= {} if rollout is None else {"generation_batch_size": rollout}
+    if rollout is not None:
+        batch |= {"generation_batch_size": rollout, "steps_per_generation": accumulation}
     return SimpleNamespace(**batch, **options)
 
 

@@ -18,13 +18,16 @@ MAX_LINES = 420
 
 # Folder, or file directly in trl_ext -> those of trl_ext that it may import (a folder its own files always).
 BELOW_METHODS = {"ops", "roles", "text", "scoring", "generation", "fields", "runs", "checkpoints", "report", "data"}
-BELOW_METHODS |= {"engines"}
+BELOW_METHODS |= {"engines", "run_identity", "training"}
 ALLOWED = {
     "ops": set(),
     "fields": set(),
     "checkpoints": set(),
     "runs": {"ops", "roles", "fields", "checkpoints"},
     "engines": {"roles", "checkpoints"},
+    "run_identity": {"roles", "checkpoints"},
+    "signals": set(),
+    "training": {"checkpoints", "engines", "roles", "run_identity", "runs", "signals"},
     "roles": {"ops"},
     "text": set(),
     "generation": {"ops", "roles", "text"},

@@ -32,10 +32,11 @@ from trl.trainer import rloo_trainer
 from trl.trainer.utils import RepeatSampler, shuffle_sequence_dict, split_tensor_dict
 
 from trl_ext import PPOMaxConfig, PPOMaxTrainer
-from trl_ext.engines import EngineTrainer
 from trl_ext.ppo.callback import PPOStateCallback
+from trl_ext.ppo.sets import SeveralSets
 from trl_ext.ppo.state import PPOState
 from trl_ext.reward.trainer import RewardModelTrainer
+from trl_ext.training import RoleTrainer
 
 SEAMS = {
     "_generate_and_score_completions": ["inputs"],
@@ -44,11 +45,9 @@ SEAMS = {
 PUBLIC = {
     "create_model_card",
     "create_optimizer",
-    "evaluate",
-    "get_batch_samples",
-    "log",
-    "train",
 }  # overridden too; documented, unlike the seams
+EVERY_TRAINERS = {"evaluate", "get_batch_samples", "save_model", "train"}  # overridden in `RoleTrainer`
+OF_SETS = {"evaluate", "log"}  # overridden in `SeveralSets`
 CALLED = {
     "_generate": ["prompts"],
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
@@ -185,7 +184,7 @@ def test_the_seams_have_the_signatures_that_we_override_and_call(name, parameter
     assert list(inspect.signature(getattr(RLOOTrainer, name)).parameters) == ["self", *parameters]
 
 
-@pytest.mark.parametrize("name", [*SEAMS, *sorted(PUBLIC), "evaluate", "save_model"])
+@pytest.mark.parametrize("name", [*SEAMS, *sorted(PUBLIC | EVERY_TRAINERS | OF_SETS)])
 def test_ours_have_the_same_signatures(name):
     ours, theirs = (inspect.signature(getattr(cls, name)).parameters for cls in (PPOMaxTrainer, RLOOTrainer))
     assert list(ours) == list(theirs)
@@ -196,9 +195,11 @@ def test_only_the_constructor_the_two_seams_and_the_model_card_are_overridden():
     inherited = {name for base in RLOOTrainer.__mro__ for name, value in vars(base).items() if callable(value)}
     own = {name for name, value in vars(PPOMaxTrainer).items() if callable(value) or isinstance(value, property)}
     assert own & inherited == {"__init__", *SEAMS, *PUBLIC}
-    assert PPOMaxTrainer.__bases__ == (EngineTrainer, RLOOTrainer)
-    assert {name for name, value in vars(EngineTrainer).items() if callable(value)} == {"save_model", "evaluate"}
-    assert EngineTrainer.__bases__ == (Trainer,)
+    assert PPOMaxTrainer.__bases__ == (RoleTrainer, SeveralSets, RLOOTrainer)
+    assert {name for name, value in vars(SeveralSets).items() if callable(value)} & inherited == OF_SETS
+    above = {name for name, value in vars(RoleTrainer).items() if callable(value)} & inherited
+    assert above == EVERY_TRAINERS
+    assert RoleTrainer.__bases__ == (Trainer,)
     assert RLOOTrainer.__mro__[-2] is Trainer
 
 
@@ -538,7 +539,5 @@ def test_the_reward_trainer_overrides_nothing_private():
         "compute_loss",
         "evaluate",
         "create_model_card",
-        "get_batch_samples",
-        "train",
     }
     assert RewardModelTrainer.loss_is_scaled_for_ga is False

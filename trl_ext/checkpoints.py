@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,22 @@ def checkpoints_of(output_dir: str | Path) -> list[Path]:
 
 
 def newest_whole(
-    output_dir: str | Path, adapters: Iterable[str] = (), with_optimizer: bool = True
+    output_dir: str | Path,
+    adapters: Iterable[str] = (),
+    with_optimizer: bool = True,
+    difference: Callable[[Path], str | None] = lambda folder: None,
 ) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint of a run, None where there is none; and newer ones that are not, with the reason."""
+    """The newest whole checkpoint of a run, None where there is none; and newer ones that are not, with the reason.
+
+    Args:
+        output_dir: Where the checkpoints lie.
+        adapters, with_optimizer: See `what_is_wrong`.
+        difference: In what a whole checkpoint is one of another run; None: in nothing.
+    """
     adapters = list(adapters)
     skipped: dict[Path, str] = {}
     for path in checkpoints_of(output_dir):
-        problem = what_is_wrong(path, adapters, with_optimizer)
+        problem = what_is_wrong(path, adapters, with_optimizer) or difference(path)
         if problem is None:
             return path, skipped
         skipped[path] = problem
@@ -85,16 +94,21 @@ def newest_whole(
 
 
 def checkpoint_to_resume(
-    given: str | bool | None, output_dir: str | Path, adapters: Iterable[str] = (), with_optimizer: bool = True
+    given: str | bool | None,
+    output_dir: str | Path,
+    adapters: Iterable[str] = (),
+    with_optimizer: bool = True,
+    difference: Callable[[Path], str | None] = lambda folder: None,
 ) -> str | None:
     """The folder that a run goes on from.
 
     Args:
         given: True for the newest whole one in `output_dir`; a folder; None or False: the run starts anew.
-        output_dir, adapters, with_optimizer: See `newest_whole`.
+        output_dir, adapters, with_optimizer, difference: See `newest_whole`.
 
     Raises:
-        ValueError: There is none, or the folder given is not whole; it names the file.
+        ValueError: There is none, or the folder given is not whole or of another run; it names the file, or what
+            differs.
     """
     if given is None or given is False:
         return None
@@ -105,8 +119,11 @@ def checkpoint_to_resume(
                 f"resume_from_checkpoint={given!r} is not a whole checkpoint of this run: {problem}. Give another one, "
                 "or True for the newest whole one."
             )
+        problem = difference(Path(given))
+        if problem is not None:
+            raise ValueError(f"resume_from_checkpoint={given!r} is no checkpoint of this run: {problem}.")
         return str(given)
-    path, skipped = newest_whole(output_dir, adapters, with_optimizer)
+    path, skipped = newest_whole(output_dir, adapters, with_optimizer, difference)
     reasons = "; ".join(f"{folder.name}: {problem}" for folder, problem in skipped.items())
     if path is None:
         raise ValueError(
@@ -114,7 +131,9 @@ def checkpoint_to_resume(
             f"{f' ({reasons})' if reasons else ''}. Leave it out to start anew, or name the folder of one."
         )
     if skipped:
-        LOGGER.warning("going on from %s; newer folders are not whole and were skipped: %s", path, reasons)
+        LOGGER.warning(
+            "going on from %s; newer folders that are not whole, or of another run, were skipped: %s", path, reasons
+        )
     return str(path)
 
 

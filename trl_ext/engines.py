@@ -5,17 +5,17 @@ splits it: see `roles.sharding`. What cannot work is refused before training, by
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from trl_ext.checkpoints import STATE_FILE, TRAINING_FILES, checkpoint_to_resume, checkpoints_of
 from trl_ext.roles.folding import unfold
-from trl_ext.roles.sharding import gather_in_calls, is_sharded, whole_weights
+from trl_ext.roles.sharding import gather_in_calls
 
 DATA_PARALLEL, FSDP2, ZERO = "data parallelism", "FSDP2", "DeepSpeed"
 OPTIMIZER_FILES = {  # where each keeps what it goes on from, beside the adapters
@@ -164,14 +164,20 @@ class EngineCallback(TrainerCallback, ExportableState):
                 unfold(layer)
 
 
-def resume_from(given: str | bool | None, args: Any, accelerator: Any, adapters: Iterable[str] = ()) -> str | None:
+def resume_from(
+    given: str | bool | None,
+    args: Any,
+    accelerator: Any,
+    adapters: Iterable[str] = (),
+    difference: Callable[[Path], str | None] = lambda folder: None,
+) -> str | None:
     """The checkpoint that a run goes on from, written by the same engine and in the same batch.
 
     With another number of processes a run goes on as itself where an optimizer step and a rollout take as many
     sequences as before; not under ZeRO, whose checkpoints hold the optimizer in as many parts as there were processes.
 
     Args:
-        given, adapters: See `checkpoints.checkpoint_to_resume`.
+        given, adapters, difference: See `checkpoints.checkpoint_to_resume`.
         args: Configuration of the run that goes on.
         accelerator: `Accelerator`.
 
@@ -182,15 +188,17 @@ def resume_from(given: str | bool | None, args: Any, accelerator: Any, adapters:
     newest = checkpoints_of(args.output_dir)[:1] if given is True else [Path(given)] if given else []
     for path in newest:  # first of all: to another engine a whole checkpoint looks torn
         check_written_under(path, engine)
-    folder = checkpoint_to_resume(given, str(args.output_dir), adapters, with_optimizer=engine == DATA_PARALLEL)
-    if folder is None:
-        return None
-    path = Path(folder)
-    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    saved = (state.get("stateful_callbacks") or {}).get(EngineCallback.__name__)
-    if isinstance(saved, dict):
-        check_same_batch(saved.get("attributes", {}), args, accelerator)
-    return folder
+
+    def differs(path: Path) -> str | None:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        saved = (state.get("stateful_callbacks") or {}).get(EngineCallback.__name__)
+        try:  # before `difference`, which would name fields whose defaults follow from the batch
+            check_same_batch(saved.get("attributes", {}) if isinstance(saved, dict) else {}, args, accelerator)
+        except ValueError as error:
+            return str(error).removesuffix(".")
+        return difference(path)
+
+    return checkpoint_to_resume(given, str(args.output_dir), adapters, engine == DATA_PARALLEL, differs)
 
 
 def check_written_under(folder: Path, engine: str) -> None:
@@ -216,8 +224,9 @@ def batch_of(args: Any, accelerator: Any) -> dict[str, int]:
         "processes": processes,
         "sequences_per_step": processes * args.per_device_train_batch_size * args.gradient_accumulation_steps,
     }
-    rollout = getattr(args, "generation_batch_size", None)
-    return batch if rollout is None else batch | {"generation_batch_size": rollout}
+    if getattr(args, "steps_per_generation", None) is None:  # without rollouts that batches share
+        return batch
+    return batch | {"generation_batch_size": args.generation_batch_size}
 
 
 def check_same_batch(saved: dict[str, int], args: Any, accelerator: Any) -> None:
@@ -260,47 +269,6 @@ def remedy(saved: dict[str, int], args: Any, processes: int) -> str:
         "per_device_train_batch_size": rows // processes,
         "gradient_accumulation_steps": saved["sequences_per_step"] // rows,
     }
-    if "generation_batch_size" in saved:
+    if getattr(args, "steps_per_generation", None) is not None and "generation_batch_size" in saved:
         options["steps_per_generation"] = saved["generation_batch_size"] // rows
     return f"Set {', '.join(f'{name}={value}' for name, value in options.items())}."
-
-
-# ---------------------------------------------------------------------- the trainers' part
-
-
-class EngineTrainer(Trainer):
-    """What a trainer of roles does in its own way under an engine; its bases follow it in a class statement."""
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer`'s; of a sharded model the adapters are put together for it, and the base is not."""
-        model: Any = self.model
-        if not is_sharded(model):
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir, state_dict=whole_weights(model, lambda name: model.owner(name) is not None))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """As `Trainer`'s; before training too where the base is whole.
-
-        Raises:
-            RuntimeError: Before training, under FSDP, which splits the weights together with the optimizer's.
-        """
-        model: Any = self.model
-        if is_fsdp(self.accelerator) and not is_sharded(model):
-            raise RuntimeError(
-                "under FSDP a model can be evaluated in training and after it, not before: accelerate splits its "
-                "weights together with the optimizer's. Set eval_on_start=True for figures before the first step."
-            )
-        before = self.is_deepspeed_enabled
-        self.is_deepspeed_enabled = before and self.deepspeed is not None  # else it is asked for ZeRO-3's inference
-        try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self.is_deepspeed_enabled = before

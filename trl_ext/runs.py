@@ -25,6 +25,10 @@ WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule",
 BF16_HELP = "Compute in bfloat16. Default, with fp16 unset too: what the card can do, else float16; float32 on a CPU."
 
 
+class RunStoppedError(RuntimeError):
+    """A run was stopped for a fault that it showed; what it had learned before is saved. The message says both."""
+
+
 def choose_mixed_precision(args: Any) -> None:
     """Set `bf16` and `fp16` of training arguments to what the card does best, where neither was given.
 

@@ -204,10 +204,26 @@ def test_another_configuration_cannot_resume(world, checkpoint, name, value):
         other.train(resume_from_checkpoint=str(checkpoint / "checkpoint-4"))
 
 
+def test_a_run_goes_on_with_its_batch_shared_out_otherwise(world, tmp_path):
+    """As with another number of processes; the sums come in another order."""
+    whole = make(world, tmp_path, **PASSES, max_steps=8, save_steps=4)
+    whole.train()
+    halves = PASSES | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+    again = make(world, tmp_path, **halves, max_steps=8, save_steps=8)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for role in (Role.POLICY, Role.CRITIC):
+        expected = tiny.role_weights(whole.model, role)
+        for name, weight in tiny.role_weights(again.model, role).items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+    another = make(world, tmp_path, **PASSES | {"steps_per_generation": 4}, max_steps=8)
+    with pytest.raises(ValueError, match=r"generation_batch_size 4 -> 8.*steps_per_generation=2\."):
+        another.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 def test_other_roles_cannot_resume(world, checkpoint):
-    bare = make(world, checkpoint, **PASSES, model=str(world / "base"), reward_funcs=tiny.count_words)
+    bare = SharedBaseModel.from_pretrained(str(world / "base"), reward_adapter=world / "reward")
     with pytest.raises(ValueError, match=r"holds the roles .*Resume with the adapters"):
-        bare.train(resume_from_checkpoint=str(checkpoint / "checkpoint-4"))
+        make(world, checkpoint, **PASSES, model=bare).train(resume_from_checkpoint=str(checkpoint / "checkpoint-4"))
 
 
 def test_a_checkpoint_without_our_state_is_refused(world, tmp_path, checkpoint):

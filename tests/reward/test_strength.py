@@ -1,8 +1,12 @@
 """Preference strength by hand, what is done about doubted labels, and members that are trained one after another."""
 
+import contextlib
+import signal
+
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from tests.ppo import tiny
 from tests.reward import runs
@@ -136,7 +140,7 @@ def members(base, folder, seeds, trained):
         assert (args.seed, args.data_seed) == (seeds[len(found)],) * 2
         made = RewardModelTrainer(model, args, runs.pairs(12))
         train = made.train
-        made.train = lambda: trained.append(args.output_dir.rsplit("_", 1)[-1]) or train()
+        made.train = lambda **options: trained.append(args.output_dir.rsplit("_", 1)[-1]) or train(**options)
         return made
 
     found = []
@@ -164,3 +168,37 @@ def test_members_differ_and_one_that_is_saved_is_not_trained_again(base, tmp_pat
 def test_members_with_the_same_seed_are_refused(base, tmp_path):
     with pytest.raises(ValueError, match="same seed are the same"):
         members(base, tmp_path, [1, 1], [])
+
+
+def test_a_member_that_was_stopped_goes_on_from_its_own_checkpoint_and_from_no_other(base, tmp_path, caplog):
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+
+    def ensemble(folder, callbacks=(), **options):
+        model, steps = RewardModel(load_base(str(base)), tiny.lora("SEQ_CLS")), []
+
+        class Count(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                steps.append(state.global_step)
+
+        def make(model, args):
+            return RewardModelTrainer(model, args, runs.pairs(12), callbacks=[Count(), *callbacks])
+
+        with contextlib.suppress(SystemExit):
+            for _ in train_ensemble(model, runs.config(folder, **(saving | options)), [1], make):
+                pass
+        return runs.weights(model), steps
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    whole, _ = ensemble(tmp_path / "whole")
+    assert ensemble(tmp_path / "run", [Stop()])[1] == [1, 2]
+    weights, steps = ensemble(tmp_path / "run")
+    assert steps == [3, 4]
+    assert tiny.same(whole, weights)
+    ensemble(tmp_path / "other", [Stop()])
+    assert ensemble(tmp_path / "other", learning_rate=5e-3)[1] == [1, 2, 3, 4]
+    assert "the run begins anew" in caplog.text
+    assert "learning_rate=0.01" in caplog.text

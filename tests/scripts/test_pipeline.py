@@ -194,6 +194,8 @@ def test_reward_models_are_enough_to_go_on_from(tmp_path: Path) -> None:
     recipe, training, *_ = pipeline.parse([*flags, "--resume_from_checkpoint=true"])
     with pytest.raises(ValueError, match="there is no checkpoint"):
         pipeline.resume_of(recipe, training)
-    (tmp_path / "reward" / "member_1").mkdir(parents=True)
+    (tmp_path / "reward" / "member_1" / "checkpoint-1").mkdir(parents=True)  # stopped in the first member
+    assert pipeline.resume_of(recipe, training) is None
+    (tmp_path / "reward" / "member_1" / "checkpoint-1").rmdir()
     (tmp_path / "reward" / "member_1" / "adapter_model.safetensors").write_text("")
     assert pipeline.resume_of(recipe, training) is None

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trl_ext.scripts import ppo_max, reward_model, rrhf, sample_responses
+from trl_ext.scripts import pipeline, ppo_max, preference_strength, reward_model, rrhf, sample_responses
 from trl_ext.scripts.running import SeededEvaluation, checkpoint_to_resume, first_evaluation, seeded, start_run
 from trl_ext.scripts.tables import before_and_after, print_pairs, print_table
 
@@ -25,6 +25,18 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(recipe, flags: list[
     flag = "--output" if recipe is sample_responses else "--output_dir"
     with pytest.raises(ValueError, match=rf"{flag}.* cannot be written"):
         recipe.main([*flags, f"{flag}={tmp_path / 'file' / 'out'}"])
+
+
+def test_an_interrupt_ends_a_recipe_with_130_and_without_a_traceback(monkeypatch) -> None:
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    for recipe in (ppo_max, rrhf, reward_model, pipeline, preference_strength):
+        monkeypatch.setattr(recipe, "parse", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            recipe.main([])
+        assert ended.value.code == 130
+        assert ended.value.__suppress_context__
 
 
 def run_of(folder: Path, resume=None) -> SimpleNamespace:

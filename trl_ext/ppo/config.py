@@ -10,7 +10,6 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from transformers import GenerationConfig
 from transformers.training_args import OptimizerNames
 from trl import RLOOConfig
 
@@ -18,6 +17,7 @@ from trl_ext.fields import above, at_least, at_most, between, check_fields, chec
 from trl_ext.ops.ensemble import ENSEMBLE_MODES
 from trl_ext.ops.kl import KL_ESTIMATORS
 from trl_ext.ops.packing import SCORED_PER_TRAINED
+from trl_ext.ppo.refusals import check_continuous_batching, check_generation_kwargs, check_inherited_options
 from trl_ext.ppo.rewards import BASELINES, SCORE_MODES
 from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
@@ -29,27 +29,8 @@ KL_CONTROLS = ("pi", "fixed", "adaptive", "penalty")
 POLICY_OBJECTIVES = ("clip", "kl_penalty")
 EPSILON, PENALTY_COEF = 0.2, 1.0
 OFF = "null (None) switches it off"
-# Of `generation_kwargs`: what has a field of its own, or comes from elsewhere
-HAVE_THEIR_PLACE = {
-    "temperature": "the field temperature",
-    "top_p": "the field top_p",
-    "top_k": "the field top_k",
-    "min_p": "the field min_p",
-    "repetition_penalty": "the field repetition_penalty",
-    "cache_implementation": "the field cache_implementation",
-    "max_new_tokens": "the field max_completion_length",
-    "max_length": "the field max_completion_length",
-    "num_return_sequences": "the field num_generations",
-    "eos_token_id": "the tokenizer's eos_token and the base's generation_config",
-    "pad_token_id": "the tokenizer's pad_token",
-    "bos_token_id": "the tokenizer's bos_token",
-    "disable_compile": "nothing: TRL sets it",
-    "return_dict_in_generate": "nothing: token ids are all that is read",
-}
 # What leaves the distribution of the completions as it is
 HARMLESS = {"use_cache", "cache_config", "prompt_lookup_num_tokens", "max_matching_ngram_size", "renormalize_logits"}
-# What transformers' continuous batching applies
-CONTINUOUS_BATCHING_KWARGS = {"do_sample"}
 LARGEST_BATCH_IN_HORIZONS = 5  # from which on one step of `AdaptiveKL` could make beta 0
 DEFAULT_OPTIM: Any = RLOOConfig.__dataclass_fields__["optim"].default
 
@@ -285,9 +266,9 @@ class PPOMaxConfig(RLOOConfig):
             self.keep_best_policy = evaluated and not self.load_best_model_at_end
         self._check_guard(evaluated)
         self._check_what_goes_together()
-        self._check_inherited_options()
-        self._check_generation_kwargs()
-        self._check_continuous_batching()
+        check_inherited_options(self)
+        check_generation_kwargs(self)
+        check_continuous_batching(self)
 
     @property
     def scored_at_a_time(self) -> int:
@@ -416,75 +397,6 @@ class PPOMaxConfig(RLOOConfig):
                 f"warmup_steps={self.warmup_steps:g} warms the learning rate up for {warmup} optimizer steps, and the "
                 f"policy has {left} after critic_warmup_steps={self.critic_warmup_steps}. Lower one, or train longer."
             )
-
-    def _check_inherited_options(self) -> None:
-        """Options of TRL and transformers that PPO-Max cannot honour."""
-        refused: dict[str, str] = {
-            "reward_clip_range": "use reward_clip, which clips after normalisation",
-            "mask_truncated_completions": "use missing_eos_penalty; a masked completion would leave its "
-            "critic untrained",
-            "sync_ref_model": "the reference is the frozen starting policy",
-            "use_vllm": "TRL gives vLLM the policy by merging its adapter into the base that all roles share, and "
-            "unmerging rounds, or quantises a 4-bit base anew: the reference would move at each sync. It would also "
-            "send the critic's head, and 4-bit weights as they are packed, which no vLLM model has. Use transformers' "
-            "generate (the default) or use_transformers_continuous_batching=True",
-            "router_aux_loss_coef": "the auxiliary loss of experts is not supported",
-            "use_liger_kernel": "it replaces the forward passes of the roles",
-            "restore_callback_states_from_checkpoint": "the state of PPO-Max is restored without it",
-        }
-        for name, remedy in refused.items():
-            if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} has no place in PPO-Max: {remedy}.")
-        checkpointing: Any = (
-            getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
-        )
-        if (checkpointing or {}).get("use_reentrant"):
-            raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} would recompute under the wrong role: set it "
-                "to False or leave it out."
-            )
-
-    def _check_generation_kwargs(self) -> None:
-        """What has a field of its own bypasses it here: log-probabilities and warnings follow the field."""
-        given: Any = self.generation_kwargs or {}
-        known = vars(GenerationConfig()).keys()
-        for name, value in given.items():
-            if name in HAVE_THEIR_PLACE:
-                raise ValueError(
-                    f"generation_kwargs={{{name!r}: {value!r}}} would bypass what governs it: use "
-                    f"{HAVE_THEIR_PLACE[name]}."
-                )
-            if name.startswith("_") or name not in known:
-                raise ValueError(
-                    f"generation_kwargs={{{name!r}: {value!r}}}: GenerationConfig of transformers has no such option. "
-                    "Correct its name, or drop it."
-                )
-
-    def _check_continuous_batching(self) -> None:
-        """What continuous batching would leave out, with no more than a line in its log."""
-        if not self.use_transformers_continuous_batching:
-            return
-        kwargs: Any = self.generation_kwargs or {}
-        options: Any = self.transformers_continuous_batching_config or {}
-        left_out: dict[str, tuple[Any, str]] = {
-            "repetition_penalty": (None if self.repetition_penalty == 1 else self.repetition_penalty, "set it to 1"),
-            "cache_implementation": (self.cache_implementation, "leave it out; the engine has a cache of its own"),
-            "generation_kwargs": (
-                sorted(set(kwargs) - CONTINUOUS_BATCHING_KWARGS),
-                f"give no others than {', '.join(sorted(CONTINUOUS_BATCHING_KWARGS))}",
-            ),
-            "per_device_generate_batch_size": (
-                self.per_device_generate_batch_size,
-                "use transformers_continuous_batching_config={'max_requests_per_batch': ...}",
-            ),
-            "transformers_continuous_batching_config['seed']": (
-                options.get("seed"),
-                "leave it out: every rollout batch would be sampled with the same random numbers. `seed` governs them",
-            ),
-        }
-        for name, (value, remedy) in left_out.items():
-            if value not in (None, []):
-                raise ValueError(f"{name}={value!r} does not go with use_transformers_continuous_batching: {remedy}.")
 
     def warn_about_off_policy_sampling(self) -> None:
         """Warn about options that sample from another distribution than the one whose ratio PPO clips."""

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,19 +43,19 @@ DONE = {"raise_beta": "beta is doubled", "step_back": "back to the last good pol
 def completion_figures(rollout: Rollout, reduce: Reduce) -> dict[str, float]:
     """What shows a policy that has collapsed, over all processes.
 
-        distinct-2 = different pairs of neighbouring tokens / all of them, in the rollout batch of a process
+        distinct-2 = different pairs of neighbouring words / all of them, in the rollout batch of a process
 
-    Source: Li et al. 2016, arXiv 1510.03055, section 5, with tokens in place of words.
+    where a text without spaces counts by tokens.
+
+    Source: Li et al. 2016, arXiv 1510.03055, section 5.
 
     Args:
-        rollout: With its completions.
+        rollout: With its completions, as ids and as texts or messages.
         reduce: Sums a small tensor over all processes.
     """
     mask = rollout.completion_mask.bool()
     lengths = mask.sum(1)
-    ids, both = rollout.completion_ids, mask[:, 1:] & mask[:, :-1]
-    pairs = torch.stack([ids[:, :-1][both], ids[:, 1:][both]], dim=1)
-    different = float(len(pairs.unique(dim=0))) / max(len(pairs), 1)
+    different = distinct_pairs(rollout.completions, rollout.completion_ids.tolist(), lengths.tolist())
     sums = [1.0, different, float(len(mask)), float(lengths.sum()), float((lengths <= AT_ONCE).sum())]
     processes, distinct, rows, tokens, at_once = reduce(torch.tensor(sums, device=mask.device)).tolist()
     return {
@@ -62,6 +63,17 @@ def completion_figures(rollout: Rollout, reduce: Reduce) -> dict[str, float]:
         "completions/ended_at_once": at_once / rows,
         "completions/tokens": tokens / rows,
     }
+
+
+def distinct_pairs(completions: Sequence[Any], ids: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
+    """Share of different ones among pairs of neighbouring words, of tokens where a text has no spaces."""
+    pairs: list[tuple[Any, Any]] = []
+    for completion, row, length in zip(completions, ids, lengths, strict=True):
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        words: Sequence[Any] = text.split()
+        units = words if len(words) > 1 else row[:length]
+        pairs += pairwise(units)
+    return len(set(pairs)) / max(len(pairs), 1)
 
 
 # ---------------------------------------------------------------------- what is watched
@@ -145,7 +157,7 @@ def watch(seen: dict[str, float], history: Sequence[dict[str, float]], limits: "
 
     compare("entropy_low", "entropy", lambda now, start: now < 0.25 * start, "entropy")
     compare("entropy_high", "entropy", lambda now, start: now > 1.75 * start + 0.25, "entropy")
-    compare("repetition", "completions/distinct_2", lambda now, start: now < 0.65 * start, "distinct-2")
+    compare("repetition", "completions/distinct_2", lambda now, start: now < 0.72 * start, "distinct-2")
     compare("length_short", "completions/tokens", lambda now, start: now < 0.4 * start, "tokens a completion")
     compare("length_limit", "completions/truncated_ratio", lambda now, start: start < 0.5 and now > 0.95, "share cut")
     compare("ended_at_once", "completions/ended_at_once", lambda now, start: now > start + 0.25, "share ended at once")

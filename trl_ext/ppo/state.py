@@ -8,20 +8,6 @@ from trl_ext.ops.kl import PIKL, AdaptiveKL, FixedKL, KLController, PenaltyKL
 from trl_ext.ops.moments import RunningMoments
 from trl_ext.ppo.step import StepControls
 
-# Fields that change the meaning of what the state holds. A run can't go on with others.
-FIXED_FIELDS = (
-    "reward_normalization",
-    "beta",
-    "kl_control",
-    "kl_estimator",
-    "num_generations",
-    "num_iterations",
-    "steps_per_generation",
-    "generation_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-)
-
 KL_INTEGRAL, KL_PROPORTIONAL = 0.1, 1.5
 
 
@@ -48,7 +34,6 @@ class PPOState:
         rollouts: How many batches there have been.
         steps: Hold the size of updates.
         penalty: Moves the coefficient of the KL in the loss, with `policy_objective="kl_penalty"`.
-        config: The run's `FIXED_FIELDS`.
     """
 
     kl: KLController
@@ -57,17 +42,15 @@ class PPOState:
     rollouts: int = 0
     steps: StepControls = field(default_factory=lambda: StepControls(0.0, 1))
     penalty: PenaltyKL | None = None
-    config: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_run(cls, args: Any) -> "PPOState":
         """The state in which a run with this `PPOMaxConfig` begins."""
-        config = {name: getattr(args, name) for name in FIXED_FIELDS}
         steps = StepControls(args.update_kl_target, args.steps_per_update)
         warmup = args.warmup_of_critic(max(args.max_steps, 0))
         penalised = args.policy_objective == "kl_penalty"
         penalty = PenaltyKL(args.kl_penalty_coef, args.update_kl_target) if penalised else None
-        return cls(make_kl_controller(args), warmup, config=config, steps=steps, penalty=penalty)
+        return cls(make_kl_controller(args), warmup, steps=steps, penalty=penalty)
 
     def in_warmup(self, step: int) -> bool:
         """Whether this optimizer step trains the critic only."""
@@ -114,7 +97,6 @@ class PPOState:
             "rollouts": self.rollouts,
             "steps": self.steps.state_dict(),
             "penalty": self.penalty.state_dict() if self.penalty is not None else {},
-            "config": dict(self.config),
         }
 
     def load_state_dict(self, saved: dict[str, Any], step: int) -> None:
@@ -126,17 +108,7 @@ class PPOState:
             saved: What `state_dict` returned; or that of version 0.1, which held `warmup_done`, and whose learning
                 rate had counted the policy's steps from the first step of the run on.
             step: Optimizer steps that the checkpoint has behind it.
-
-        Raises:
-            ValueError: It was written under a configuration in which its numbers mean something else.
         """
-        for name, own in self.config.items():
-            if saved["config"].get(name) != own:
-                old = saved["config"].get(name)
-                raise ValueError(
-                    f"the checkpoint was written with {name}={old!r}, this run has {name}={own!r}: its state does "
-                    f"not fit. Resume with {name}={old!r}, or start a new run from the checkpoint's adapters."
-                )
         self.moments.load_state_dict(saved["moments"])
         self.kl.load_state_dict(saved["kl"])
         self.rollouts = int(saved["rollouts"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import RLOOTrainer
 
-from trl_ext.engines import EngineCallback, EngineTrainer, check_engine, is_fsdp, resume_from, zero_stage
+from trl_ext.engines import check_engine, is_fsdp, zero_stage
 from trl_ext.generation.from_trl import Completions, complete
 from trl_ext.ppo import logging
 from trl_ext.ppo.callback import PPOStateCallback
@@ -19,6 +19,7 @@ from trl_ext.ppo.data import PTXBatches, check_inputs, ptx_batches
 from trl_ext.ppo.guard import completion_figures
 from trl_ext.ppo.losses import kl_penalty_loss, policy_loss, value_loss
 from trl_ext.ppo.rollout import Rollout, collect
+from trl_ext.ppo.sets import SeveralSets
 from trl_ext.ppo.state import PPOState
 from trl_ext.ppo.step import OUTPUT, Rows
 from trl_ext.ppo.watching import WatchCallback
@@ -33,15 +34,17 @@ from trl_ext.roles import (
     shared_base_model,
 )
 from trl_ext.roles.sharding import drop_gathered
-from trl_ext.runs import RunGuard, check_finite
+from trl_ext.run_identity import data_facts, reward_facts
+from trl_ext.runs import RunStoppedError, check_finite
 from trl_ext.scoring import RewardSource, RewardSources
 from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer
+from trl_ext.training import RoleTrainer
 
 AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Any]
 PROBE = 4  # the last step of an update is checked on one in so many rows of the rollout
 
 
-class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
+class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
     """Proximal policy optimisation with the stability tricks of PPO-Max, on TRL's online loop.
 
     Source: Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO" (arXiv 2307.04964); Schulman et
@@ -150,45 +153,42 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         # 4. What PPO adds
         engine = zero_stage(self.accelerator) > 0 or is_fsdp(self.accelerator)
         self.create_optimizer()
-        self._evaluated_set = ""  # name of the one that is being evaluated, of several
         self.timer = logging.PhaseTimer()
         self.ppo_state = PPOState.of_run(args)
-        self.add_callback(
-            PPOStateCallback(
-                self.ppo_state,
-                restart=self._restart,
-                record=self.record,
-                end_update=self._end_update,
-                scaled=self.accelerator.scaler is not None,
-                own_schedule=optimizers[1] is None,
-                zero=zero_stage(self.accelerator) > 0,
-            )
+        state_callback = PPOStateCallback(
+            self.ppo_state,
+            restart=self._restart,
+            record=self.record,
+            end_update=self._end_update,
+            scaled=self.accelerator.scaler is not None,
+            own_schedule=optimizers[1] is None,
+            zero=zero_stage(self.accelerator) > 0,
         )
         weights = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
         watched = tuple(name for name, weight in weights if weight == 0)
-        self.watch = WatchCallback(args, self.ppo_state, watched, lambda: self.optimizer, whole=not engine)
+        self.watch = WatchCallback(
+            args,
+            self.ppo_state,
+            watched,
+            optimizer=lambda: self.optimizer,
+            checkpoint=lambda: self.loader.folder,
+            whole=not engine,
+        )
+        self.add_callback(state_callback)
         self.add_callback(self.watch)
-        self.add_callback(EngineCallback(args, self.accelerator))
-        self.guard = RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks)
-        self.add_callback(self.guard)
+        facts = reward_facts(sources.functions) | data_facts("train_dataset", train_dataset)
+        if args.ptx_coef > 0:
+            facts |= data_facts("ptx_dataset", ptx_dataset)
+        self.add_run_callbacks(facts, lambda state: args.at_border(state.global_step, state.max_steps))
         model.model_card = self._card
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
-        others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
-        resume = resume_from(resume_from_checkpoint, self.args, self.accelerator, others)
-        self.watch.checkpoint = resume
-        output = super().train(resume, trial, ignore_keys_for_eval)
+    def finish(self) -> None:
+        """As `RoleTrainer.finish`; a run that the guard has stopped saves its policy and raises `RunStoppedError`."""
+        super().finish()
         why = self.watch.stopped()
         if why is not None:
             self.save_model()
-            raise RuntimeError(why)
-        return output
+            raise RunStoppedError(why)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One group for each trained role, with a learning rate of its own; DeepSpeed asks for it anew."""
@@ -285,32 +285,7 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         self.record(logging.average_over_processes(stats))
         return torch.stack(list(terms.values())).sum()
 
-    # ------------------------------------------------------------------ further overrides: the end, sets, the card
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one optimizer step; none once the run has all its steps, as when a finished one is resumed."""
-        if self.state.global_step >= self.state.max_steps:
-            return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As `Trainer.evaluate`; of several sets each has names of its own, `eval_<set>_reward` and so on."""
-        before, self._evaluated_set = self._evaluated_set, metric_key_prefix.removeprefix("eval").removeprefix("_")
-        try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._evaluated_set = before
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `RLOOTrainer.log`, which knows no sets."""
-        if self._evaluated_set and not self.model.training:
-            metrics = self._metrics["eval"]
-            renamed = {f"{self._evaluated_set}_{name}": values for name, values in metrics.items()}
-            metrics.clear()
-            metrics.update(renamed)
-        super().log(logs, start_time)
+    # ------------------------------------------------------------------ a further override: the card
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -428,8 +403,7 @@ class PPOMaxTrainer(EngineTrainer, RLOOTrainer):
         self.guard.start_tracking(self.args, self.state, self.control, model=self.model)  # TRL logs how long it takes
         return complete(self._generate, self.model, self.args, prompts)
 
-    def _restart(self, micro_batches: int) -> None:
-        """Begin with a fresh rollout, so many micro-batches into the run."""
+    def _restart(self, micro_batches: int) -> None:  # with a fresh rollout, so many micro-batches into the run
         self._step, self._buffered_inputs = micro_batches, None
 
     def _card(self, *named: Any) -> str:

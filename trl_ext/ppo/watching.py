@@ -29,6 +29,7 @@ class WatchCallback(TrainerCallback, ExportableState):
         ppo_state: The trainer's; beta and the policy's pace are changed there.
         watched: Names of rewards that are measured and not trained on.
         optimizer: Gives the trainer's; its groups are named by "role".
+        checkpoint: Gives the folder that training goes on from.
         whole: Whether this process holds whole weights and states, which can be copied and written back.
     """
 
@@ -37,10 +38,12 @@ class WatchCallback(TrainerCallback, ExportableState):
         args: Any,
         ppo_state: PPOState,
         watched: tuple[str, ...],
+        *,
         optimizer: Callable[[], Any],
+        checkpoint: Callable[[], str | None],
         whole: bool = True,
     ):
-        self.args, self.ppo_state, self.optimizer = args, ppo_state, optimizer
+        self.args, self.ppo_state, self.optimizer, self.checkpoint = args, ppo_state, optimizer, checkpoint
         held = args.beta > 0 and args.kl_control != "fixed"
         possible = {"raise_beta": args.beta > 0, "step_back": whole, "stop": True}
         acts = [act for act in args.guard_acts if possible[act]]
@@ -49,7 +52,6 @@ class WatchCallback(TrainerCallback, ExportableState):
         self.snapshots = {"good": Snapshot(), "best": Snapshot()} if whole else {}
         self.going_back = False
         self.paces = 1.0
-        self.checkpoint: str | None = None
         self.stats: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
@@ -93,7 +95,7 @@ class WatchCallback(TrainerCallback, ExportableState):
         self.stats = attributes["stats"]
         self._slow_down(attributes["pace"])
         for name in attributes["snapshots"] if self.snapshots else ():
-            self.snapshots[name].load(Path(str(self.checkpoint)) / FOLDER / f"{name}.safetensors")
+            self.snapshots[name].load(Path(str(self.checkpoint())) / FOLDER / f"{name}.safetensors")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not args.at_border(state.global_step, state.max_steps):
@@ -144,6 +146,15 @@ class WatchCallback(TrainerCallback, ExportableState):
                     snapshot.restore(self.optimizer(), with_states=False)
                     LOGGER.warning("the %s policy, of step %d, is the result", name, int(snapshot.info["step"]))
                 return
+
+    def outcome(self) -> dict[str, Any]:
+        """What a report says of it: every alarm, why the run was stopped, and the steps of the policies it kept."""
+        guard = self.guard.state if self.guard is not None else None
+        return {
+            "alarms": guard.raised if guard is not None else [],
+            "stopped": guard.stopped if guard is not None else None,
+            **{f"{name}_policy": dict(snapshot.info) for name, snapshot in self.snapshots.items() if snapshot.info},
+        }
 
     def stopped(self) -> str | None:
         """Why the guard stopped the run, in words for its user; None where it did not."""

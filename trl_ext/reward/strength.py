@@ -53,7 +53,10 @@ def preference_strength(differences: Tensor) -> tuple[Tensor, Tensor]:
 class Trains(Protocol):
     """What is asked of a member's trainer."""
 
-    def train(self) -> Any: ...
+    stop: Any
+
+    def own_checkpoint(self) -> str | None: ...
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> Any: ...
     def save_model(self) -> None: ...
 
 
@@ -69,7 +72,7 @@ def train_ensemble(
     """Train one reward adapter after another on one loaded base, each with its own start and order of the data.
 
     A member is saved to `output_dir/member_1`, ... when it is done; one that is there already is loaded instead of
-    trained, so a run that was killed goes on with the member it was in.
+    trained, so a run that was stopped goes on with the member it was in, at its newest checkpoint if it has one.
 
     Args:
         model: Its adapter is made anew for every member.
@@ -94,7 +97,8 @@ def train_ensemble(
         if (Path(member.output_dir) / "adapter_model.safetensors").is_file():
             model.load(member.output_dir)
         else:
-            trainer.train()
+            trainer.stop.how_to_go_on = "the same command goes on there"
+            trainer.train(resume_from_checkpoint=trainer.own_checkpoint())
             trainer.save_model()
         yield trainer
 

@@ -21,7 +21,7 @@ from transformers import (
 from trl import RewardTrainer
 
 from trl_ext.data import ConversionReport
-from trl_ext.engines import EngineCallback, EngineTrainer, check_engine, resume_from
+from trl_ext.engines import check_engine
 from trl_ext.report.cards import write_card
 from trl_ext.reward.card import model_card
 from trl_ext.reward.config import RewardModelConfig
@@ -38,13 +38,15 @@ from trl_ext.roles import (
     load_base_config,
     max_positions,
 )
-from trl_ext.runs import RunGuard, check_finite
+from trl_ext.run_identity import data_facts
+from trl_ext.runs import check_finite
 from trl_ext.text import TextEncoder, load_tokenizer
+from trl_ext.training import RoleTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class RewardModelTrainer(EngineTrainer, RewardTrainer):
+class RewardModelTrainer(RoleTrainer, RewardTrainer):
     """A reward model by LoRA: a scalar head on a frozen base, from pairs or from rankings.
 
         loss = mean over prompts of the mean over its pairs of -log sigma(s_w - s_l - margin), labels smoothed
@@ -104,6 +106,7 @@ class RewardModelTrainer(EngineTrainer, RewardTrainer):
         check_vocabulary(config, processing_class)
         self.reports: dict[str, ConversionReport] = {}
         self._encoder, self._data_args, self._positions = TextEncoder(processing_class), args, max_positions(config)
+        facts = data_facts("train_dataset", train_dataset)
         train = self._prepare(TRAINING, train_dataset)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         prepared = {k: self._prepare(f"eval_dataset {k}".strip(), v) for k, v in evals.items() if v is not None}
@@ -154,18 +157,7 @@ class RewardModelTrainer(EngineTrainer, RewardTrainer):
         self.evaluation: dict[str, Any] = {}
         model.model_card = self._card
         self.add_callback(_ScaleOfScores(self))
-        self.add_callback(EngineCallback(args, self.accelerator))
-        self.add_callback(RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks))
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
-        resume = resume_from(resume_from_checkpoint, self.args, self.accelerator)
-        return super().train(resume, trial, ignore_keys_for_eval)
+        self.add_run_callbacks(facts)
 
     # ------------------------------------------------------------------ the seam: loss
 
@@ -221,12 +213,6 @@ class RewardModelTrainer(EngineTrainer, RewardTrainer):
         for name, value in zip(terms, gathered.mean(0).tolist(), strict=True):
             # As Trainer weighs `loss`: in training every batch the same, in evaluation every row
             metrics[f"loss/{name}"].extend([value] * (1 if mode == "train" else len(per_row)))
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of one optimizer step; none once the run has all its steps, as when a finished one is resumed."""
-        if self.state.global_step >= self.state.max_steps:
-            return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -339,5 +325,5 @@ class _ScaleOfScores(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer.args.normalize_rewards:
+        if self.trainer.args.normalize_rewards and not self.trainer.stop.stopped_by:
             self.trainer.measure_scale()

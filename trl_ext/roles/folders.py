@@ -1,14 +1,27 @@
 """Roles on disk and on the Hub: every adapter a standard PEFT folder."""
 
+import hashlib
+import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from trl_ext.roles.adapters import CONFIG_FILE, AdapterWeights, check_same_scaling, read_adapter, write_adapter
+from trl_ext.roles.adapters import (
+    CONFIG_FILE,
+    HEAD_KEY,
+    SCALING_FIELDS,
+    AdapterWeights,
+    check_equal,
+    check_same_scaling,
+    read_adapter,
+    write_adapter,
+)
 from trl_ext.roles.identity import check_same_base
 from trl_ext.roles.role import Role
 from trl_ext.roles.sharding import is_sharded, shared_out, whole_weights
@@ -57,6 +70,49 @@ def push_folder(adapter: AdapterWeights, repo_id: str, private: bool | None, tok
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(folder, adapter)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
+
+
+def load_roles(model: SwitchedModel, folder: str | Path) -> None:
+    """Read every role back from a folder that `save_roles` wrote, and check afterwards that each equals its file.
+
+    Raises:
+        ValueError: See `load_role`.
+        RuntimeError: A role has other numbers than its file; names both.
+    """
+    paths = {name: Path(folder) / ("" if role is Role.POLICY else name) for name, role in model.adapters.items()}
+    for name, path in paths.items():
+        load_role(model, path, name)
+    state_dict = whole_weights(model, lambda key: model.owner(key) is not None) if is_sharded(model) else None
+    for name, path in paths.items():
+        called = f"{path}: the {model.adapters[name].value} adapter"
+        saved, own = (_tensors(a) for a in (read_adapter(path, called), adapter_weights(model, name, state_dict)))
+        check_equal(own, saved, called)
+
+
+def frozen_digests(model: Any) -> dict[str, str]:
+    """A digest of each adapter that is not trained, with its head, scale and scaling, by its name.
+
+    Args:
+        model: One without roles has none.
+    """
+    frozen = [n for n, role in getattr(model, "adapters", {}).items() if role in (Role.REFERENCE, Role.REWARD)]
+    state_dict = whole_weights(model, lambda key: model.owner(key) is not None) if is_sharded(model) else None
+    return {name: _digest(adapter_weights(model, name, state_dict)) for name in frozen}
+
+
+def _digest(adapter: AdapterWeights) -> str:
+    scale = None if adapter.scale is None else asdict(adapter.scale)
+    scaling = {field: getattr(adapter.config, field) for field in SCALING_FIELDS}
+    digest = hashlib.sha256(json.dumps([scale, scaling], sort_keys=True).encode())
+    for key, tensor in sorted(_tensors(adapter).items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _tensors(adapter: AdapterWeights) -> dict[str, Tensor]:
+    """Weights and head."""
+    return {**(adapter.weights or {}), **({} if adapter.head is None else {HEAD_KEY: adapter.head})}
 
 
 def load_role(model: SwitchedModel, folder: str | Path, name: str) -> None:

@@ -120,7 +120,7 @@ def check_adapter_fits(adapter: AdapterWeights, base: Base, role: Role, name: st
             )
     unknown = not check_same_base(adapter, base.record, name) and bool(base.record.values and adapter.weights)
     trained_on = adapter.config.base_model_name_or_path
-    if unknown and trained_on and base.name and _last(trained_on) != _last(base.name):
+    if unknown and trained_on and base.name and short_name(trained_on) != short_name(base.name):
         warnings.warn(
             f"{name}: it was trained on {trained_on!r}, the base is {base.name!r}. Sizes agree; whether the weights do "
             "is not known. On other weights an adapter computes nonsense without an error.",
@@ -166,7 +166,7 @@ def _rounded(values: list[float], dtype: str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).to(getattr(torch, dtype)).float()
 
 
-def _last(name: str) -> str:
+def short_name(name: str) -> str:
     """Last part of a Hub id or folder, in lower case; of a folder of the Hub's cache, that of its id."""
     parts = Path(name).parts
     cached = [part for part in parts if part.startswith("models--")]

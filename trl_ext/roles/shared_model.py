@@ -345,6 +345,15 @@ class SharedBaseModel(SwitchedModel):
         """
         folders.load_role(self, model_id, adapter_name)
 
+    def load(self, folder: str | Path) -> None:
+        """Go on from roles that `save_pretrained` wrote: weights, heads and scales of all of them.
+
+        Raises:
+            ValueError: The folder has other roles, shapes or scaling than this model.
+            RuntimeError: A role does not equal its file afterwards; names both.
+        """
+        folders.load_roles(self, folder)
+
     # ------------------------------------------------------------------ gradient checkpointing
 
     def activation_checkpointing_enable(

@@ -125,10 +125,14 @@ class BorderCallback(TrainerCallback):
         self.sampled_batches.clear()
         self.save_waits = self.evaluate_waits = False
 
+    def at_border(self, state: Any) -> bool:
+        """Whether no sampled batch is left, or training is over."""
+        return not self.sampled_batches or state.global_step >= state.max_steps
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.save_waits |= control.should_save
         self.evaluate_waits |= control.should_evaluate
-        at_border = not self.sampled_batches or state.global_step >= state.max_steps
+        at_border = self.at_border(state)
         control.should_save, control.should_evaluate = self.save_waits and at_border, self.evaluate_waits and at_border
         if at_border:
             self.save_waits = self.evaluate_waits = False

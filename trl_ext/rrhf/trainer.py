@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
 
-from trl_ext.engines import EngineCallback, EngineTrainer, check_engine, resume_from
+from trl_ext.engines import check_engine
 from trl_ext.report.cards import write_card
 from trl_ext.roles import (
     Role,
@@ -29,12 +29,14 @@ from trl_ext.rrhf.config import RRHFConfig
 from trl_ext.rrhf.data import DataReport, collate, encode_dataset, to_batch
 from trl_ext.rrhf.losses import best_response_loss, rank_loss, reference_kl_loss, sequence_scores
 from trl_ext.rrhf.online import BorderCallback, OnlineSampler
-from trl_ext.runs import RunGuard, check_finite, check_first_kl
+from trl_ext.run_identity import data_facts, reward_facts
+from trl_ext.runs import check_finite, check_first_kl
 from trl_ext.scoring import ResponseScorer, RewardSource, RewardSources
 from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer, longest
+from trl_ext.training import RoleTrainer
 
 
-class RRHFTrainer(EngineTrainer):
+class RRHFTrainer(RoleTrainer):
     """Rank responses to align language models with human feedback.
 
     Source: Yuan et al. 2023, "RRHF: Rank Responses to Align Language Models with Human Feedback without tears" (arXiv
@@ -103,6 +105,7 @@ class RRHFTrainer(EngineTrainer):
         max_length = longest(args.max_length, max_positions(config))
         self.data_counts: dict[str, DataReport] = {}
         settings = {"max_length": max_length, "num_proc": args.dataset_num_proc}
+        facts = data_facts("train_dataset", train_dataset)
         if args.online:
             has_role = isinstance(model, SharedBaseModel) and model.has_role(Role.REWARD)
             sources = RewardSources(
@@ -113,6 +116,7 @@ class RRHFTrainer(EngineTrainer):
                 device=args.device,
                 load_options=init_kwargs,
             )
+            facts |= reward_facts(sources.functions)
             online = {"needs_responses": False, "min_room": args.max_completion_length, "scored": has_role}
             train_dataset = self._encode(train_dataset, "train_dataset", **settings, **online)
         else:
@@ -147,24 +151,13 @@ class RRHFTrainer(EngineTrainer):
         self.running_means = {"train": metrics.RunningMeans(), "eval": metrics.RunningMeans()}
         self.sampled_batches: list[dict[str, Any]] = []
         self.sampler = None
+        border = BorderCallback(self.sampled_batches)
         if args.online:
             scorer = ResponseScorer(model, self.encoder, sources, role_weight=args.reward_role_weight)
             self.sampler = OnlineSampler(model, self.encoder, args, scorer)
-            self.add_callback(BorderCallback(self.sampled_batches))
-        self.add_callback(EngineCallback(args, self.accelerator))
-        self.add_callback(RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks))
+            self.add_callback(border)
+        self.add_run_callbacks(facts, border.at_border)
         model.model_card = self._card
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """As `Trainer.train`; `True` resumes from the newest checkpoint that is whole."""
-        others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
-        resume = resume_from(resume_from_checkpoint, self.args, self.accelerator, others)
-        return super().train(resume, trial, ignore_keys_for_eval)
 
     # ------------------------------------------------------------------ the loss
 

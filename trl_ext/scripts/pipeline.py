@@ -36,6 +36,7 @@ from trl_ext.scripts.running import (
     printer,
     quiet_libraries,
     show_progress,
+    without_traceback,
     write_json,
 )
 from trl_ext.scripts.tables import last_text, plot_run, print_table
@@ -316,13 +317,15 @@ def resume_of(recipe: PipelineArguments, training: PPOMaxConfig) -> str | bool |
     """
     wanted = str(training.resume_from_checkpoint or "").lower()
     if wanted in TRUE and not checkpoints_of(str(training.output_dir)):
-        done = sum(map(is_trained, member_folders(recipe, training)))
-        if done:
+        folders = member_folders(recipe, training)
+        done = sum(map(is_trained, folders))
+        if done or any(map(checkpoints_of, folders)):
             printer()(f"{done} of {recipe.members} reward models are there, and no checkpoint of PPO-Max yet.")
             return None
     return checkpoint_to_resume(training)
 
 
+@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """All three stages; what is judged is written before it is shown."""
     quiet_libraries()

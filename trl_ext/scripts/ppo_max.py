@@ -20,6 +20,7 @@ from trl import ModelConfig
 
 from trl_ext import PPOMaxConfig
 from trl_ext.data import load_split
+from trl_ext.runs import RunStoppedError
 from trl_ext.scripts.arguments import (
     LORA,
     PPOArguments,
@@ -39,6 +40,7 @@ from trl_ext.scripts.running import (
     quiet_libraries,
     show_progress,
     start_run,
+    without_traceback,
     write_json,
 )
 from trl_ext.scripts.tables import before_and_after, plot_run, print_pairs, print_table
@@ -189,6 +191,7 @@ def metric_labels(gold: bool) -> list[tuple[str, str, str]]:
     ]
 
 
+@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Train, compare before and after, and say where everything is."""
     quiet_libraries()
@@ -216,12 +219,18 @@ def main(arguments: list[str] | None = None) -> None:
     if training.eval_on_start:
         show("Evaluating the policy before training ...", flush=True)
     with trainer.explained_out_of_memory(plan):
-        trainer.train(resume_from_checkpoint=resume)
+        stopped = None
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except RunStoppedError as error:  # with a sound policy, which is reported before the process ends with 1
+            stopped = str(error)
         trainer.save_model()
         show("Evaluating the policy after training ...", flush=True)
         after = trainer.evaluate()
     if trainer.is_world_process_zero():
         report(trainer, inputs["eval_dataset"], after, toy)
+    if stopped is not None:
+        raise SystemExit(stopped if trainer.is_world_process_zero() else 1)
     if training.push_to_hub:
         trainer.push_to_hub()
 
@@ -231,7 +240,8 @@ def report(trainer: Any, prompts: Any, after: dict[str, float], toy: bool) -> No
     folder = Path(trainer.args.output_dir).resolve()
     history = trainer.state.log_history
     before = first_evaluation(history, "eval_reward")
-    write_json(folder / "before_after.json", {"before": before, "after": after})
+    outcome = trainer.watch.outcome()
+    write_json(folder / "before_after.json", {"before": before, "after": after, **outcome})
     panels = {
         "reward": {"reward": "proxy" if toy else "reward", "rewards/gold_reward/mean": "gold"},
         "KL per completion": {"kl": "kl"},
@@ -243,6 +253,12 @@ def report(trainer: Any, prompts: Any, after: dict[str, float], toy: bool) -> No
     rows = before_and_after(metric_labels(toy), before, after)
     print_table("Before and after PPO-Max", ("", "before", "after"), rows)
     print_pairs(shown, *samples, "completion")
+    for alarm in outcome["alarms"]:
+        print(f"alarm            step {alarm['step']}: {alarm['alarm']}, {alarm['seen']}")
+    if "best_policy" in outcome:
+        best, evaluated = outcome["best_policy"], [e["eval_reward"] for e in history if "eval_reward" in e]
+        last = evaluated[-2]  # the one after it is that of the best policy
+        print(f"best policy      step {best['step']:.0f}, reward {best['reward']:.3g}; of the last one {last:.3g}")
     print(f"policy adapter   {folder}\ncritic adapter   {folder / 'critic'}")
     print(f"reward adapter   {folder / 'reward'}" if (folder / "reward").is_dir() else "", end="\n")
     print(f"curves           {folder / 'training.png'}")

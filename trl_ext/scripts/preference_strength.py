@@ -31,7 +31,7 @@ from trl_ext.scripts.arguments import (
 from trl_ext.scripts.models import fresh_reward_model
 from trl_ext.scripts.parsing import CONFIGS, FlagParser, Given, names_a_model
 from trl_ext.scripts.reward_model import load_inputs
-from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, write_json
+from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, without_traceback, write_json
 from trl_ext.scripts.tables import last_text, print_table
 
 NEXT_STEP = {
@@ -78,7 +78,10 @@ def parse(arguments: list[str]) -> tuple[StrengthArguments, RewardModelConfig, M
     if recipe.share is not None:
         given.refuse(["threshold"], f"--share {recipe.share} says which labels are doubted. Give one of them.")
     flags = given.on_command_line()
-    flags.refuse(["resume_from_checkpoint"], "members that are done are loaded, the others start anew. Drop it.")
+    flags.refuse(
+        ["resume_from_checkpoint"],
+        "members go on where they were by themselves. Drop it.",
+    )
     flags.refuse(["normalize_rewards", "normalization_samples"], "strengths are of raw scores. Drop it.")
     return recipe, training, model_args, given
 
@@ -118,6 +121,7 @@ def show_examples(dataset: Any, examples: list[tuple[int, float, float]]) -> Non
         print_table(f"strength {mean:.2f} ± {std:.2f}", ("", "text"), body)
 
 
+@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Train the members, measure, write the dataset, and show what was doubted."""
     quiet_libraries()

@@ -28,7 +28,7 @@ from trl_ext.scripts.arguments import (
 from trl_ext.scripts.inputs import load_preference_splits, toy_preferences
 from trl_ext.scripts.models import fresh_reward_model, load_causal_base, tokenizer_of
 from trl_ext.scripts.parsing import CONFIGS, FlagParser, Given, names_a_model
-from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, write_json
+from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, without_traceback, write_json
 from trl_ext.scripts.tables import plot_run, print_table
 
 
@@ -67,6 +67,7 @@ def load_inputs(recipe: Any, training: RewardModelConfig, model_args: ModelConfi
     return load_causal_base(model_args, training), tokenizer, train, test
 
 
+@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Train, test, draw, and say where everything is."""
     quiet_libraries()

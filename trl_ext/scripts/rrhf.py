@@ -36,7 +36,7 @@ from trl_ext.scripts.arguments import (
 from trl_ext.scripts.inputs import first_prompts, load_prompts, load_reward_functions, toy_world
 from trl_ext.scripts.models import config_options, load_policy, tokenizer_of
 from trl_ext.scripts.parsing import CONFIGS, FlagParser, Given, names_a_model
-from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, write_json
+from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, without_traceback, write_json
 from trl_ext.scripts.sample_responses import show_report
 from trl_ext.scripts.tables import before_and_after, plot_run, print_pairs, print_table
 
@@ -193,6 +193,7 @@ def with_responses(model: Any, encoder: Any, train: Any, scorer: Any, parts: tup
     return load_responses(path)
 
 
+@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Sample if need be, train, compare before and after, and say where everything is."""
     quiet_libraries()
