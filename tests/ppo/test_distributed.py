@@ -45,6 +45,28 @@ def test_gradients_of_two_halves_are_those_of_the_whole_on_one_process(world, tm
         assert (gradient is not None and bool(gradient.abs().max() > 1e-4)) == trained, weight
 
 
+@pytest.mark.parametrize("name", ["anew", "resting"])
+def test_a_pass_that_is_made_anew_leaves_the_gradients_right(world, tmp_path, ranks, name):
+    options = GRADIENTS["in warm-up" if name == "resting" else "accumulated"]
+    options = options | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    whole = tiny.gradients(tiny.trainer(world, tmp_path, **gradient_options(options)), tiny.random_rollout())
+    for rank in ranks:
+        for weight, gradient in whole.items():
+            assert (gradient is None) == (rank[name][weight] is None), weight
+            if gradient is not None:
+                torch.testing.assert_close(rank[name][weight], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_both_processes_shorten_an_update_alike(ranks):
+    left, right = (rank["shortened"] for rank in ranks)
+    assert left["history"] == right["history"]
+    assert left["state"] == right["state"]
+    assert min(entry.get("step/shortened/policy", 1.0) for entry in left["history"]) < 1
+    for role, weights in left["weights"].items():
+        assert all(weight.isfinite().all() for weight in weights.values())
+        assert tiny.same(weights, right["weights"][role]), role
+
+
 def test_both_processes_end_with_the_same_weights(ranks):
     assert [rank["wrapped"] for rank in ranks] == ["DistributedDataParallel"] * 2
     left, right = (rank["end"]["weights"] for rank in ranks)

@@ -108,6 +108,8 @@ def test_a_process_killed_right_after_its_checkpoint_goes_on_as_if_nothing_had_h
             id="a warm-up that ended early",
         ),
         pytest.param(8, {"kl_control": "penalty", "kl_target": 0.01}, id="penalty KL"),
+        pytest.param(8, {"update_kl_target": 0.0, "guard": False}, id="no control of updates, no guard"),
+        pytest.param(4, {"policy_objective": "kl_penalty"}, id="PPO-Penalty"),
         pytest.param(2, {"gradient_accumulation_steps": 2}, id="gradient accumulation"),
         pytest.param(4, {"num_generations": 2, "gradient_checkpointing": True}, id="two completions per prompt"),
     ],
@@ -119,6 +121,21 @@ def test_resuming_equals_never_stopping(world, tmp_path, save_steps, options):
     never_killed.train()
     assert len(never_killed.state.log_history) == save_steps + 4 + 1
     assert_same_run(never_killed, resumed)
+
+
+def test_resuming_right_after_an_update_that_was_shortened_equals_never_stopping(world, tmp_path):
+    options = PASSES | {"max_steps": 8, "save_steps": 4, "learning_rate": 1.0}
+    resumed = killed_and_resumed(world, tmp_path / "killed", **options)
+    never_killed = make(world, tmp_path / "whole", **options)
+    never_killed.train()
+    assert never_killed.state.log_history[3]["step/shortened/policy"] < 1
+    assert_same_run(never_killed, resumed)
+    assert (
+        tiny.read_state(tmp_path / "killed" / "checkpoint-4")["stateful_callbacks"]["PPOStateCallback"]["attributes"][
+            "steps"
+        ]["policy"]
+        < 1
+    )
 
 
 @pytest.mark.parametrize("save_steps", [1, 2, 3, 4])

@@ -96,6 +96,20 @@ def evaluated_first(trainer) -> dict:
     }
 
 
+def let_rest(trainer: PPOMaxTrainer) -> bool:
+    """What the control answers where the policy has covered its target."""
+    trainer.ppo_state.steps[Role.POLICY].resting = True
+    return True
+
+
+def shortened(world: Path, folder: Path) -> dict:
+    """A run whose first update goes much too far."""
+    options = {"learning_rate": 1.0, "max_steps": 8, "reward_funcs": rank_reward, "critic_warmup_steps": 0}
+    trainer = tiny.trainer(world, folder, ptx_dataset=tiny.texts(), dataset=tiny.prompts(32), **TRAINING | options)
+    trainer.train()
+    return ending(trainer)
+
+
 def ending(trainer: PPOMaxTrainer) -> dict:
     return {
         "weights": {role.value: tiny.role_weights(trainer.model, role) for role in Role},
@@ -110,6 +124,13 @@ def main() -> None:
     for name, options in GRADIENTS.items():
         trainer = tiny.trainer(world, folder / name, **gradient_options(options))
         found[name] = tiny.gradients(trainer, tiny.random_rollout())
+    trainer = tiny.trainer(world, folder / "anew", **gradient_options(GRADIENTS["accumulated"]))
+    trainer.ppo_state.steps.check = lambda *given: True  # every pass is void, and made anew
+    found["anew"] = tiny.gradients(trainer, tiny.random_rollout())
+    trainer = tiny.trainer(world, folder / "resting", **gradient_options(GRADIENTS["accumulated"]))
+    trainer.ppo_state.steps.check = lambda *given: let_rest(trainer)
+    found["resting"] = tiny.gradients(trainer, tiny.random_rollout())
+    found["shortened"] = shortened(world, folder / "shortened")
     start = tiny.role_weights(tiny.four_roles(world), Role.POLICY)
     trainer, advantages, observed = run(world, folder / "run")
     found |= {"wrapped": type(trainer.model_wrapped).__name__, "start": start, "advantages": advantages}

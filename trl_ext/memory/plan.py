@@ -88,7 +88,8 @@ class MemoryPlan:
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Column titles and rows in GiB, a column for each phase."""
-        names = "base adapters heads optimizer gradients copy kept working fragmentation context".split()
+        weights, passing = ("base", "adapters", "heads"), ("kept", "working", "fragmentation")
+        names = (*weights, "optimizer", "gradients", "copy", *passing, "context")
         labels = {
             "copy": "copy before the update",
             "kept": "KV cache / activations kept",
