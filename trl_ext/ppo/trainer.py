@@ -1,6 +1,7 @@
 """PPO-Max on TRL: `RLOOTrainer` with a critic, by two overridden methods (and a model card)."""
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -286,6 +287,12 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
         return torch.stack(list(terms.values())).sum()
 
     # ------------------------------------------------------------------ a further override: the card
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; a checkpoint begins with it, and holds the policies that the guard kept."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None:
+            self.watch.save(Path(output_dir))
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -129,12 +129,12 @@ class WatchCallback(TrainerCallback, ExportableState):
         if kl <= WITHIN * args.kl_target and reward > best.info.get("reward", -math.inf):
             best.take(self.optimizer(), step=state.global_step, reward=reward, kl=kl)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
+    def save(self, checkpoint: Path) -> None:
+        """Write the policies that were kept into a checkpoint, of which this is no last file: its state ends it."""
         for name, snapshot in self.snapshots.items():
-            if args.should_save and snapshot.info:
-                folder.mkdir(parents=True, exist_ok=True)
-                snapshot.save(folder / f"{name}.safetensors")
+            if self.args.should_save and snapshot.info:
+                (checkpoint / FOLDER).mkdir(parents=True, exist_ok=True)
+                snapshot.save(checkpoint / FOLDER / f"{name}.safetensors")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A run ends with its best policy; one that was stopped, with that or with its last good one."""
