@@ -10,7 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 
 from tests.ppo import tiny
-from tests.ppo.under_engines import ENVIRONMENT, UPDATES, four_bit, run, updated
+from tests.ppo.under_engines import ENVIRONMENT, HELD, UPDATES, four_bit, run, updated
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ENGINES = ["ddp", "fsdp2", "zero2"]
@@ -59,6 +59,7 @@ def one_process(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     found = {name: updated(world, folder / name, 1, **settings) for name, settings in UPDATES.items()}
     settings = UPDATES["checkpointed"] | {"optim": "adamw_torch"}
+    found["held"] = updated(world, folder / "held", 1, **HELD)
     return found | {"4 bits": updated(world, folder / "4 bits", 1, model=four_bit(world), **settings)}
 
 

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from tests.ppo import tiny
 from trl_ext import Role
+from trl_ext.ppo.state import PPOState
 from trl_ext.ppo.step import FLOOR, StepControl, StepControls, critic_distance, policy_distance
 
 INF, NAN = math.inf, math.nan
@@ -414,3 +415,43 @@ def test_a_pass_made_anew_sees_the_same_texts_of_ptx(world, tmp_path):
     again = [(x, y) for (a, x), (b, y) in pairwise(shown) if a == b]
     assert again
     assert all(x == y for x, y in again)
+
+
+# ---------------------------------------------------------------------- PPO-Penalty
+
+
+def test_the_coefficient_of_the_kl_in_the_loss_follows_the_kl_of_the_update(world, tmp_path):
+    options = RUN | {"policy_objective": "kl_penalty", "kl_penalty_coef": 4.0, "lr_scheduler_type": "constant"}
+    trainer = tiny.trainer(world, tmp_path, **options)
+    trainer.train()
+    target, expected, factors = trainer.args.update_kl_target, 4.0, []
+    for entry in trainer.state.log_history[:-1]:
+        assert entry.get("kl_penalty_coef", expected) == expected
+        assert "clip_fraction/policy" not in entry
+        if "update_kl" in entry:
+            kl = entry["update_kl"]
+            factors.append(2 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1)
+            expected *= factors[-1]
+    assert trainer.ppo_state.penalty.coef == expected
+    assert set(factors) != {1}
+
+
+def test_the_target_of_the_penalty_sinks_with_that_of_the_update(world, tmp_path):
+    args = tiny.config(tmp_path, policy_objective="kl_penalty")
+    state = PPOState.of_run(args)
+    target = args.update_kl_target
+    for distance, wanted, coef in (
+        (target / 4, target / 4, 1.0),  # on a target that a schedule has lowered
+        (target / 2, target / 4, 2.0),
+        (0.1 * target, target / 4, 1.0),
+        (INF, target, 1.0),  # weights that are broken: the run ends elsewhere
+        (target, 0.0, 1.0),  # a rate of 0
+    ):
+        state.record_update({"distance": distance, "wanted": wanted})
+        assert state.penalty.coef == coef
+    state.record_update({})  # the critic alone was trained
+    again = PPOState.of_run(args)
+    state.penalty.update(10 * target, 1)
+    again.load_state_dict(state.state_dict(), 0)
+    assert again.penalty.coef == 2.0
+    assert PPOState.of_run(tiny.config(tmp_path)).penalty is None

@@ -170,12 +170,17 @@ def random_rollout(rows: int = 8, prompt: int = 3, completion: int = 5) -> Rollo
     )
 
 
-def give_rollout(trainer: PPOMaxTrainer, rollout: Rollout) -> None:
-    """Let a trainer train on this rollout; of several processes each takes its share of the rows."""
+def give_rollout(trainer: PPOMaxTrainer, rollout: Rollout, own: bool = False) -> None:
+    """Let a trainer train on this rollout; of several processes each takes its share of the rows.
+
+    `own`: with the log-probabilities of its policy instead of random ones, so that it can be said how far it moves.
+    """
 
     def give(inputs):
         start = trainer.accelerator.process_index * len(inputs)
         part = {f: getattr(rollout, f)[start : start + len(inputs)] for f in UPDATE_FIELDS}
+        if own:
+            part["logps"] = trainer._outputs_now(Role.POLICY, part) * part["completion_mask"]
         trainer._probe = part
         return part | {"num_tokens": trainer._tokens_per_micro_batch(Rollout(**part))}
 

@@ -40,6 +40,9 @@ UPDATES = {
     "accumulated": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     "after warm-up": {"per_device_train_batch_size": 8, "critic_warmup_steps": 2, "weight_decay": 0.1},
 }
+# Updates that go too far and are shortened: not under ZeRO
+HELD = {"per_device_train_batch_size": 8, "learning_rate": 0.3, "num_iterations": 2, "max_steps": 4}
+HELD |= {"update_kl_target": 0.1}
 RUN = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
@@ -79,11 +82,19 @@ def uneven_rollout() -> Rollout:
 
 def updated(world: Path, folder: Path, processes: int, model=None, **options) -> dict[str, dict[str, torch.Tensor]]:
     """Every role's weights after five updates."""
-    settings = {"max_steps": 5, "epsilon": 0.9, "value_clip": 5.0, "entropy_coef": 0.1} | options
+    settings = {
+        "max_steps": 5,
+        "epsilon": 0.9,
+        "value_clip": 5.0,
+        "entropy_coef": 0.1,
+        "update_kl_target": 0.0,
+    } | options
     settings["per_device_train_batch_size"] //= processes
     trainer = tiny.trainer(world, folder, model=model, **settings)
-    tiny.give_rollout(trainer, uneven_rollout())
+    tiny.give_rollout(trainer, uneven_rollout(), own=settings["update_kl_target"] != 0)
     trainer.train()
+    logged = [entry["step/shortened/policy"] for entry in trainer.state.log_history if "update_kl" in entry]
+    assert not logged or min(logged) < 1, "no update of this run was shortened"
     return {role.value: tiny.role_weights(trainer.model, role) for role in Role}
 
 
@@ -126,6 +137,8 @@ def main() -> None:
     found: dict = {"updates": {}}
     for name, settings in UPDATES.items():
         found["updates"][name] = updated(world, folder / name, 2, **(settings | options))
+    if engine != "zero2":
+        found["updates"]["held"] = updated(world, folder / "held", 2, **HELD)
     if engine == "fsdp2":
         settings = UPDATES["checkpointed"] | {"optim": "adamw_torch"} | options
         found["updates"]["4 bits"] = updated(world, folder / "4 bits", 2, model=four_bit(world), **settings)
