@@ -13,7 +13,15 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from trl_ext.checkpoints import STATE_FILE, TRAINING_FILES, checkpoint_to_resume, checkpoints_of
+from trl_ext.checkpoints import (
+    STATE_FILE,
+    TRAINING_FILES,
+    NotWrittenError,
+    checkpoint_to_resume,
+    checkpoints_of,
+    explained_writing,
+    make_room,
+)
 from trl_ext.roles.folding import unfold
 from trl_ext.roles.sharding import gather_in_calls, is_sharded, whole_weights
 
@@ -176,13 +184,13 @@ def resume_from(given: str | bool | None, args: Any, accelerator: Any, adapters:
         accelerator: `Accelerator`.
 
     Raises:
-        ValueError: There is none, it is not whole, or it cannot be gone on from; it says what to set.
+        ValueError: The one given is not whole, or it cannot be gone on from; it says what to set.
     """
     engine = engine_name(accelerator)
     newest = checkpoints_of(args.output_dir)[:1] if given is True else [Path(given)] if given else []
     for path in newest:  # first of all: to another engine a whole checkpoint looks torn
         check_written_under(path, engine)
-    folder = checkpoint_to_resume(given, str(args.output_dir), adapters, with_optimizer=engine == DATA_PARALLEL)
+    folder = checkpoint_to_resume(given, str(args.output_dir), adapters, OPTIMIZER_FILES[engine])
     if folder is None:
         return None
     path = Path(folder)
@@ -197,15 +205,14 @@ def check_written_under(folder: Path, engine: str) -> None:
     """Check that a checkpoint holds what an engine keeps its optimizer in.
 
     Raises:
-        ValueError: It holds that of another engine, or none.
+        ValueError: It holds that of another engine.
     """
     missing = [name for name in OPTIMIZER_FILES[engine] if not list(folder.glob(name))]
     written = [name for name, files in OPTIMIZER_FILES.items() if all(list(folder.glob(file)) for file in files)]
-    if missing and (written or engine != DATA_PARALLEL):
+    if missing and written:
         raise ValueError(
-            f"{folder} holds no {missing[0]}, where {engine} keeps its optimizer"
-            f"{f': it was written under {written[0]}. Launch with that' if written else ''}, or start anew from its "
-            "adapters (policy_adapter, critic_adapter)."
+            f"{folder} holds no {missing[0]}, where {engine} keeps its optimizer: it was written under {written[0]}. "
+            "Launch with that, or start anew from its adapters (policy_adapter, critic_adapter)."
         )
 
 
@@ -274,12 +281,27 @@ class EngineTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer`'s; of a sharded model the adapters are put together for it, and the base is not."""
         model: Any = self.model
-        if not is_sharded(model):
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir, state_dict=whole_weights(model, lambda name: model.owner(name) is not None))
+        with explained_writing(output_dir or str(self.args.output_dir)):
+            if not is_sharded(model):
+                super().save_model(output_dir, _internal_call)
+                return
+            self._save(output_dir, state_dict=whole_weights(model, lambda name: model.owner(name) is not None))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As `Trainer`'s; one that cannot be written is removed again.
+
+        Raises:
+            NotWrittenError: It cannot be written.
+        """
+        step = self.state.global_step
+        try:
+            with explained_writing(Path(str(self.args.output_dir)) / f"checkpoint-{step}"):
+                super()._save_checkpoint(model, trial)
+        except NotWrittenError:
+            make_room(self.args, step)
+            raise
 
     def evaluate(
         self,

@@ -136,7 +136,7 @@ def members(base, folder, seeds, trained):
         assert (args.seed, args.data_seed) == (seeds[len(found)],) * 2
         made = RewardModelTrainer(model, args, runs.pairs(12))
         train = made.train
-        made.train = lambda: trained.append(args.output_dir.rsplit("_", 1)[-1]) or train()
+        made.train = lambda **_: trained.append(args.output_dir.rsplit("_", 1)[-1]) or train()
         return made
 
     found = []

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trl_ext.reward.config import RewardModelConfig
 from trl_ext.roles import RewardModel
+from trl_ext.roles.adapters import WEIGHTS_FILE
 
 ACTIONS = ("flip", "smooth", "margin", "drop")
 EXAMPLES = 3
@@ -53,11 +54,16 @@ def preference_strength(differences: Tensor) -> tuple[Tensor, Tensor]:
 class Trains(Protocol):
     """What is asked of a member's trainer."""
 
-    def train(self) -> Any: ...
+    def train(self, resume_from_checkpoint: bool | None = None) -> Any: ...
     def save_model(self) -> None: ...
 
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trains)
+
+
+def is_trained(folder: str | Path) -> bool:
+    """Whether a member's adapter is there and whole: its weights are written last."""
+    return (Path(folder) / WEIGHTS_FILE).is_file()
 
 
 def train_ensemble(
@@ -65,6 +71,7 @@ def train_ensemble(
     args: RewardModelConfig,
     seeds: list[int],
     make_trainer: Callable[[RewardModel, RewardModelConfig], AnyTrainer],
+    resume: bool = False,
 ) -> Iterator[AnyTrainer]:
     """Train one reward adapter after another on one loaded base, each with its own start and order of the data.
 
@@ -76,6 +83,7 @@ def train_ensemble(
         args: Of every member, but for `seed`, `data_seed` and `output_dir`.
         seeds: One for each member.
         make_trainer: From the model and a member's arguments to its trainer.
+        resume: Whether that member goes on from its newest whole checkpoint, if it has one; else it starts anew.
 
     Yields:
         Each member's trainer, with the trained adapter on the model until the next one is asked for.
@@ -91,10 +99,10 @@ def train_ensemble(
         member.seed, member.data_seed, member.output_dir = seed, seed, str(root / f"member_{k}")
         model.reset(seed)
         trainer = make_trainer(model, member)
-        if (Path(member.output_dir) / "adapter_model.safetensors").is_file():
+        if is_trained(member.output_dir):
             model.load(member.output_dir)
         else:
-            trainer.train()
+            trainer.train(resume_from_checkpoint=resume)
             trainer.save_model()
         yield trainer
 

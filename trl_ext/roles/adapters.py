@@ -313,7 +313,8 @@ def check_equal(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor], na
 def write_adapter(folder: str | Path, adapter: AdapterWeights) -> None:
     """Write an adapter as PEFT would: `AutoPeftModelForCausalLM`, or `...ForSequenceClassification` if it has a head.
 
-    Each file is written aside and renamed when it is whole, so that a kill or a full disk leaves the one before.
+    Each file is written aside and renamed when it is whole, so that a kill or a full disk leaves the one before. The
+    weights come last: where they are, configuration and scale are too.
 
     Args:
         folder: Made if missing.
@@ -327,12 +328,12 @@ def write_adapter(folder: str | Path, adapter: AdapterWeights) -> None:
         config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
         weights[HEAD_KEY] = adapter.head
     weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    with _written_aside(folder / WEIGHTS_FILE) as path:
-        path.write_bytes(_serialised(weights, adapter.trained_on))
     with _written_aside(folder / CONFIG_FILE) as path, tempfile.TemporaryDirectory() as made:
         config.save_pretrained(made)
         path.write_bytes((Path(made) / CONFIG_FILE).read_bytes())
     write_scale(folder, adapter.scale)
+    with _written_aside(folder / WEIGHTS_FILE) as path:
+        path.write_bytes(_serialised(weights, adapter.trained_on))
 
 
 def _serialised(weights: dict[str, torch.Tensor], trained_on: BaseRecord | None) -> bytes:
