@@ -43,6 +43,7 @@ class Recipe:
     flags: list[str]
     seconds: float = 0.0  # that a run takes which nobody kills
     writes: int = 0  # into checkpoints
+    checkpoints: int = 0
     results: dict[str, Any] = field(default_factory=dict)
 
     def start(self, folder: Path, dies_at: int = 0, largest_file: int | None = None) -> subprocess.Popen[str]:
@@ -77,15 +78,22 @@ class Recipe:
         assert status == 0, output[-4000:]
         self.seconds = time.monotonic() - began
         self.writes, self.results = int((folder / "writes.txt").read_text()), results_of(folder)
+        self.checkpoints = len(list(folder.rglob("checkpoint-*/trainer_state.json")))
 
-    def moments(self, count: int, rng: random.Random) -> list[dict[str, Any]]:
-        """When to kill: every other time at a write into a checkpoint, else after some seconds."""
-        aimed = [{"dies_at": rng.randint(1, self.writes)} for _ in range((count + 1) // 2)]
-        timed = [{"seconds": rng.uniform(0.2, 0.95) * self.seconds} for _ in range(count // 2)]
-        return [moment for pair in zip(aimed, [*timed, None], strict=False) for moment in pair if moment]
+    def moments(self, count: int, rng: random.Random) -> list[tuple[str, float]]:
+        """When to kill: every other time at a write into a checkpoint, else after a time; and the share of what is left."""
+        return [("write" if k % 2 == 0 else "time", rng.random()) for k in range(count)]
 
-    def survive(self, folder: Path, moments: list[dict[str, Any]], world: Path | None = None) -> list[str]:
-        """Run until it ends by itself, killed at these moments, as often as it takes to use all of them.
+    def kill(self, folder: Path, kind: str, share: float) -> dict[str, Any]:
+        """Options of `run`. A run that goes on has less to write and less time to live."""
+        done = len(list(folder.rglob("checkpoint-*/trainer_state.json")))
+        left = max(1 - done / self.checkpoints, 0)
+        if kind == "write" and left > 0:
+            return {"dies_at": 1 + int(share * 0.9 * left * self.writes)}
+        return {"seconds": self.seconds * (0.2 + 0.7 * share * max(left, 0.2))}
+
+    def survive(self, folder: Path, moments: list[tuple[str, float]], world: Path | None = None) -> list[str]:
+        """Run until it ends by itself, killed at these moments; anew in another folder where it ends before the last.
 
         Returns:
             What was printed by each run.
@@ -99,17 +107,15 @@ class Recipe:
             folder.mkdir()
             if world is not None and outputs:  # the first time it builds one, in which it may be killed too
                 (folder / "world").symlink_to(world)
-            fresh = True
             while True:
-                moment = left.pop(0) if left else {}
-                status, output = self.run(folder, **moment)
+                status, output = self.run(folder, **(self.kill(folder, *left[0]) if left else {}))
                 outputs.append(output)
                 if status == 0:
                     break
-                assert status == -signal.SIGKILL, f"after {moment}: {output[-4000:]}"
-                fresh = False
-            if moment:  # it ended before it could be killed
-                left.insert(0, {name: value / 2 if fresh else value for name, value in moment.items()})
+                assert status == -signal.SIGKILL, output[-4000:]
+                left.pop(0)
+            if left:  # it ended before it could be killed: earlier in the next
+                left[0] = left[0][0], left[0][1] * 0.7
             found = results_of(folder)
             assert found.keys() == self.results.keys()
             assert [name for name in found if found[name] != self.results[name]] == []
