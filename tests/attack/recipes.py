@@ -81,7 +81,7 @@ class Recipe:
         self.checkpoints = len(list(folder.rglob("checkpoint-*/trainer_state.json")))
 
     def moments(self, count: int, rng: random.Random) -> list[tuple[str, float]]:
-        """When to kill: every other time at a write into a checkpoint, else after a time; and the share of what is left."""
+        """When to kill: every other time at a write into a checkpoint, else after a time; a share of what is left."""
         return [("write" if k % 2 == 0 else "time", rng.random()) for k in range(count)]
 
     def kill(self, folder: Path, kind: str, share: float) -> dict[str, Any]:
