@@ -113,7 +113,7 @@ def check_prompt_rows(dataset: Dataset, name: str) -> None:
     if "prompt" not in columns:
         near = [column for column in PROMPT_COLUMNS if column in columns]
         near = near or difflib.get_close_matches("prompt", columns, n=1)
-        meant = f" Rename {near[0]!r}: dataset.rename_column({near[0]!r}, 'prompt')." if near else ""
+        meant = f" Rename {near[0]!r}: dataset.rename_column({near[0]!r}, 'prompt')." if near else " Rename one to it."
         raise ValueError(f"{name} has no column 'prompt', only {columns}.{meant}")
     if not len(dataset):
         raise ValueError(f"{name} is empty: give at least one prompt.")
