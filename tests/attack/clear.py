@@ -36,7 +36,7 @@ def problem_of(error: BaseException, names: Iterable[str] = (), remedy: bool = T
 
 def refused(call: Callable[[], Any], *names: str) -> None:
     """Fail unless a call is refused with a clear error that names these."""
-    with pytest.raises(BaseException) as found:  # noqa: PT011, B017
+    with pytest.raises(BaseException) as found:
         call()
     problem = problem_of(found.value, names)
     if problem is not None:

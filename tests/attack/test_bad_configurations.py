@@ -1,16 +1,20 @@
 """Fields of the three configurations: what is no value for one is refused by its name, whatever it is."""
 
+import json
 import math
 import warnings
 from dataclasses import fields
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.attack.clear import problem_of, refused
 from trl_ext import PPOMaxConfig, RewardModelConfig, RRHFConfig
 from trl_ext.fields import rules_of
+
+pytestmark = pytest.mark.slow
 
 CONFIGS = [PPOMaxConfig, RRHFConfig, RewardModelConfig]
 NAN, INF = math.nan, math.inf
@@ -42,17 +46,18 @@ def test_every_field_is_checked(config) -> None:
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_a_field_with_any_value_is_used_as_it_says_or_refused_by_name(config, data, value) -> None:
     name = data.draw(st.sampled_from([field.name for field in fields(config) if field.init]))
+    found = None
     try:
-        made = make(config, **{name: value})
-    except Exception as error:  # noqa: BLE001
-        # Contradictions of one field with the defaults of others name those too; libraries name their own fields
-        assert name in str(error), f"{name}={value!r}: {type(error).__name__}: {error}"
-        assert isinstance(error, ValueError | ImportError), f"{name}={value!r}: {type(error).__name__}: {error}"
-    else:
-        rule, optional = (rules_of(config) | rules_of(config, bounded=False))[name]
-        default = config.__dataclass_fields__[name].default
-        assert value is default or (value is None and optional) or rule.holds(value)
-        assert make(config, **{name: value}).to_dict().keys() == made.to_dict().keys()
+        make(config, **{name: value})
+    except Exception as error:
+        found = error
+    if found is not None:  # libraries name the fields that they refuse, such as an optimizer that is not installed
+        assert name in str(found), f"{name}={value!r}: {type(found).__name__}: {found}"
+        assert isinstance(found, ValueError | ImportError), f"{name}={value!r}: {type(found).__name__}: {found}"
+        return
+    rule, optional = (rules_of(config) | rules_of(config, bounded=False))[name]
+    default = config.__dataclass_fields__[name].default
+    assert value is default or (value is None and optional) or rule.holds(value)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, "x", [], {}, b"1"], ids=repr)
@@ -105,14 +110,15 @@ def test_fields_that_contradict_each_other_are_named(config, options, names) -> 
     refused(lambda: make(config, **options), *names)
 
 
-def test_an_unclear_error_is_found() -> None:
-    for error in (KeyError("x"), AttributeError("x"), AssertionError("x"), IndexError("x")):
-        try:
-            raise error
-        except Exception as found:  # noqa: BLE001
-            assert "no kind of error" in str(problem_of(found))
-    try:
-        int("x")
-        raise ValueError("beta=1 must be 2")
-    except ValueError as found:
-        assert "raised by a library" in str(problem_of(found))
+@pytest.mark.parametrize("error", [KeyError("x"), AttributeError("x"), AssertionError("x"), IndexError("x")], ids=repr)
+def test_an_error_of_python_itself_is_not_clear(error: Exception) -> None:
+    assert "no kind of error" in str(problem_of(error))
+
+
+def test_an_error_of_a_library_is_not_clear() -> None:
+    with pytest.raises(ValueError) as found:
+        json.loads("{")
+    assert problem_of(found.value) is not None
+    with pytest.raises(ValueError) as found:
+        torch.zeros(2).numpy().reshape(3)
+    assert "raised by a library" in str(problem_of(found.value))

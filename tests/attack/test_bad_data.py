@@ -1,4 +1,4 @@
-"""Prompts, preferences, rankings and texts as people have them: refused with the file and the row, or taken as they are."""
+"""Prompts, preferences, rankings and texts as people have them: refused by file and row, or taken as they are."""
 
 import gzip
 import json
@@ -20,6 +20,8 @@ from trl_ext.rrhf import load_responses
 from trl_ext.rrhf.data import encode_dataset
 from trl_ext.scripts.inputs import load_prompts
 from trl_ext.text import TextEncoder
+
+pytestmark = pytest.mark.slow
 
 NAN, INF = float("nan"), float("inf")
 

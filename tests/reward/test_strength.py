@@ -1,14 +1,16 @@
 """Preference strength by hand, what is done about doubted labels, and members that are trained one after another."""
 
+import os
+
 import pytest
 import torch
 from datasets import Dataset
 
 from tests.ppo import tiny
 from tests.reward import runs
-from trl_ext.reward.strength import apply_strength, preference_strength, train_ensemble
+from trl_ext.reward.strength import apply_strength, is_trained, preference_strength, train_ensemble
 from trl_ext.reward.trainer import RewardModelTrainer
-from trl_ext.roles import RewardModel, load_base
+from trl_ext.roles import RewardModel, RewardScale, load_base
 
 # Two models and five pairs: strengths 2, -1, 0.5, -3, 0; the models disagree about the third and the last
 DIFFERENCES = torch.tensor([[1.0, -1.0, 2.0, -2.0, 1.0], [3.0, -1.0, -1.0, -4.0, -1.0]])
@@ -164,3 +166,25 @@ def test_members_differ_and_one_that_is_saved_is_not_trained_again(base, tmp_pat
 def test_members_with_the_same_seed_are_refused(base, tmp_path):
     with pytest.raises(ValueError, match="same seed are the same"):
         members(base, tmp_path, [1, 1], [])
+
+
+def test_a_member_that_was_cut_while_it_was_saved_is_trained_anew(base, tmp_path, monkeypatch):
+    """Weights without their scale would be another reward: they are written last."""
+    model = RewardModel(load_base(str(base)), tiny.lora("SEQ_CLS"))
+    model.scale = RewardScale(0.0, 2.0, 8)
+    model.save_pretrained(str(tmp_path / "whole"))
+    assert is_trained(tmp_path / "whole")
+    real = os.replace
+    for number in range(3):
+        done = []
+
+        def replace(*names, number=number, done=done):
+            if len(done) == number:
+                raise KeyboardInterrupt
+            done.append(names)
+            real(*names)
+
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_pretrained(str(tmp_path / str(number)))
+        assert not is_trained(tmp_path / str(number))

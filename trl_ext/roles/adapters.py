@@ -151,6 +151,13 @@ def check_lora_config(config: Any, name: str, fresh: bool = False) -> LoraConfig
     for field, (bad, remedy) in refused.items():
         if bad:
             raise ValueError(f"{name}: {field}={getattr(config, field)!r} cannot be served on a shared base; {remedy}.")
+    for field, value in (("r", config.r), *(("rank_pattern", value) for value in (config.rank_pattern or {}).values())):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}: {field} has {value!r}, it must be a whole number of at least 1.")
+    alphas = ("lora_alpha", config.lora_alpha), *(("alpha_pattern", v) for v in (config.alpha_pattern or {}).values())
+    for field, value in alphas:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{name}: {field} has {value!r}, it must be a finite number.")
     extra = [m for m in config.modules_to_save or [] if m not in ("score", "classifier")]
     if extra:
         raise ValueError(
