@@ -245,10 +245,10 @@ class PPOMaxConfig(RLOOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         choose_mixed_precision(self)
         self._optim_by_base = self.optim is None
         self.optim = self.optim or DEFAULT_OPTIM
-        check_fields(self)
         try:
             super().__post_init__()
         except ValueError as error:
