@@ -157,8 +157,8 @@ def checkpoint_to_resume(
     if path is None and others:
         newest, problem = next(iter(others.items()))
         raise ValueError(
-            f"resume_from_checkpoint=True, but what lies in {output_dir} is of another run; {newest.name}: {problem}. Set "
-            "that back, or start anew in another output_dir."
+            f"resume_from_checkpoint=True, but what lies in {output_dir} is of another run; {newest.name}: {problem}. "
+            "Set that back, or start anew in another output_dir."
         )
     if path is None:
         left = f"; folders that are not were skipped: {reasons}" if reasons else ""
