@@ -1,5 +1,6 @@
 """Which checkpoints are whole; runs that go on from the newest one that is, of every trainer."""
 
+import errno
 import json
 import shutil
 
@@ -10,7 +11,15 @@ from tests.ppo import tiny
 from tests.reward import runs
 from tests.rrhf import ranked
 from trl_ext import Role
-from trl_ext.checkpoints import checkpoint_to_resume, checkpoints_of, make_room, newest_whole, what_is_wrong
+from trl_ext.checkpoints import (
+    NotWrittenError,
+    checkpoint_to_resume,
+    checkpoints_of,
+    explained_writing,
+    make_room,
+    newest_whole,
+    what_is_wrong,
+)
 
 FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 
@@ -59,9 +68,8 @@ def test_every_file_that_is_missing_or_torn_is_named(copy_of, kind):
     files = [*FILES, "trainer_state.json", *(f"{role}/{file}" for role in roles for file in FILES[:2])]
     for name in files:
         path, content = folder / name, (folder / name).read_bytes()
-        if name != "rng_state.pth":  # another number of processes has others
-            path.unlink()
-            assert what_is_wrong(folder, roles) == f"{name} is missing"
+        path.unlink()
+        assert what_is_wrong(folder, roles) == f"{name} is missing"
         for length in (0, 1, len(content) // 2, len(content.rstrip()) - 1):
             path.write_bytes(content[:length])
             assert str(what_is_wrong(folder, roles)).startswith(f"{name} is torn or damaged"), (name, length)
@@ -105,15 +113,65 @@ def test_a_critic_that_is_missing_is_an_error(copy_of, world):
     assert tiny.same(before, tiny.role_weights(run.model, Role.POLICY))
 
 
-def test_nothing_to_resume_is_an_error(tmp_path):
+def test_where_there_is_nothing_to_resume_a_run_starts_anew_and_says_so(tmp_path, caplog):
     assert checkpoint_to_resume(None, tmp_path) is None
     assert checkpoint_to_resume(False, tmp_path) is None
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
-        checkpoint_to_resume(True, tmp_path)
+    assert caplog.text == ""
+    assert checkpoint_to_resume(True, tmp_path) is None
+    assert f"starting anew: {tmp_path} holds no whole checkpoint to go on from\n" in caplog.text
     (tmp_path / "checkpoint-7").mkdir()
-    with pytest.raises(ValueError, match=r"no whole checkpoint \(checkpoint-7: adapter_config.json is missing\)"):
-        checkpoint_to_resume(True, tmp_path)
+    caplog.clear()
+    assert checkpoint_to_resume(True, tmp_path) is None
+    assert "folders that are not were skipped: checkpoint-7: adapter_config.json is missing" in caplog.text
     assert newest_whole(tmp_path)[0] is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_with_torn_checkpoints_alone_starts_anew(saved, copy_of, world, kind, caplog):
+    folder = copy_of(kind)
+    for path in checkpoints_of(folder):
+        (path / "trainer_state.json").write_bytes(b"")
+    KINDS[kind](world, folder, **SAVED).train(resume_from_checkpoint=True)
+    assert "starting anew" in caplog.text
+    ended, expected = folder / "checkpoint-4" / FILES[0], saved[kind] / "checkpoint-4" / FILES[0]
+    assert ended.read_bytes() == expected.read_bytes()
+
+
+def test_every_process_has_its_random_state_in_a_whole_checkpoint(copy_of):
+    folder = copy_of("reward") / "checkpoint-4"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["EngineCallback"]["attributes"]["processes"] = 2
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    assert what_is_wrong(folder) == "rng_state_1.pth is missing"
+    shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
+    assert what_is_wrong(folder) is None
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("[enforce fail at inline_container.cc:672]")]
+)
+def test_a_checkpoint_that_cannot_be_written_is_named_and_gone(world, tmp_path, monkeypatch, error):
+    run = reward_run(world, tmp_path, **SAVED)
+    whole = torch.save
+
+    def full(found, path, *args, **kwargs):
+        whole(found, path, *args, **kwargs)
+        if str(path).endswith("checkpoint-2/scheduler.pt"):
+            raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(NotWrittenError, match=r"checkpoint-2 could not be written .* Is the disk full\?"):
+        run.train()
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-1"]
+    assert what_is_wrong(tmp_path / "checkpoint-1") is None
+
+
+def test_other_errors_while_writing_stay_what_they_are(tmp_path):
+    for error in (RuntimeError("other"), OSError("the Hub"), ConnectionRefusedError(errno.ECONNREFUSED, "no")):
+        with pytest.raises(type(error)) as found, explained_writing(tmp_path):
+            raise error
+        assert found.value is error
 
 
 def test_the_newest_is_the_one_of_the_highest_step(tmp_path):

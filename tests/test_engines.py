@@ -90,7 +90,8 @@ def write_checkpoint(folder, files):
     folder.mkdir()
     save_file({"w": torch.ones(2)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
-    for name in files:
+    (folder / "global_step2").mkdir()
+    for name in [*files, "rng_state_0.pth", "rng_state_1.pth"]:
         torch.save({}, folder / name)
     state = {"stateful_callbacks": {"EngineCallback": {"attributes": {"processes": 2, "sequences_per_step": 4}}}}
     (folder / "trainer_state.json").write_text(json.dumps(state))
@@ -115,6 +116,25 @@ def test_a_run_resumes_under_the_engine_that_wrote_the_checkpoint(tmp_path):
     (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match=r"optimizer\.pt is missing"):
         resume_from(whole, args, parallel)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "MULTI_GPU", "DEEPSPEED"])
+def test_a_checkpoint_that_was_cut_before_its_optimizer_is_skipped(tmp_path, kind, caplog):
+    files = {"FSDP": ["optimizer.bin", "pytorch_model_fsdp.bin", "scheduler.pt"]}.get(
+        kind, ["optimizer.pt", "scheduler.pt"]
+    )
+    if kind == "DEEPSPEED":
+        files = [f"global_step2/zero_pp_rank_{rank}_optim_states.pt" for rank in (0, 1)]
+    whole = write_checkpoint(tmp_path / "checkpoint-2", files)
+    write_checkpoint(tmp_path / "checkpoint-4", [])
+    args, engine = (
+        arguments(2, 1, output_dir=str(tmp_path)),
+        accelerator(kind, 2 if kind == "DEEPSPEED" else 0, processes=2),
+    )
+    assert resume_from(True, args, engine) == whole
+    assert "checkpoint-4: " in caplog.text
+    with pytest.raises(ValueError, match="is missing"):
+        resume_from(str(tmp_path / "checkpoint-4"), args, engine)
 
 
 def test_a_role_that_waits_is_stepped_as_if_for_the_first_time():

@@ -117,6 +117,26 @@ def test_every_configuration_refuses_by_name(tmp_path, config, name, value):
     assert f"{name}={value!r} must be" in str(error.value)
 
 
+OF_A_KIND = {
+    "bf16": "no",
+    "fp16": NAN,
+    "gradient_checkpointing": "false",
+    "disable_tqdm": 3,
+    "optim": (),
+    "run_name": 3,
+}
+OF_A_KIND |= {"save_strategy": False, "lr_scheduler_type": "wavy", "accelerator_config": {"a": 1}, "label_names": "x"}
+OF_A_KIND |= {"gradient_checkpointing_kwargs": "x", "parallelism_config": 3, "run_name": 3}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", OF_A_KIND)
+def test_a_field_without_bounds_holds_what_its_type_says(tmp_path, config, name):
+    with pytest.raises(ValueError) as error:
+        make(config, tmp_path, **{name: OF_A_KIND[name]})
+    assert f"{name}={OF_A_KIND[name]!r} must be" in str(error.value)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(
     ("options", "message"),

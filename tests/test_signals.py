@@ -142,7 +142,7 @@ def test_in_another_thread_nothing_is_installed(world, tmp_path):
     assert trainer.state.global_step == 1
 
 
-@pytest.mark.parametrize("kind", ["ppo", "reward", "rrhf"])
+@pytest.mark.parametrize("kind", ["ppo", "reward", pytest.param("rrhf", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("when", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_with_a_strategy_by_epochs_and_evaluations_a_stopped_run_goes_on_alike(world, tmp_path, kind, when):
     """Epochs of 4 steps; PPO's rollouts end at 4 and 8 whatever the epochs are."""

@@ -46,7 +46,8 @@ PUBLIC = {
     "create_model_card",
     "create_optimizer",
 }  # overridden too; documented, unlike the seams
-EVERY_TRAINERS = {"evaluate", "get_batch_samples", "save_model", "train"}  # overridden in `RoleTrainer`
+# Overridden in `RoleTrainer`
+EVERY_TRAINERS = {"_save_checkpoint", "evaluate", "get_batch_samples", "save_model", "train"}
 OF_SETS = {"evaluate", "log"}  # overridden in `SeveralSets`
 CALLED = {
     "_generate": ["prompts"],

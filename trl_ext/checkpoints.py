@@ -5,13 +5,15 @@ that looks like a checkpoint and is none. Here every file is looked into: one th
 run that asks for its last checkpoint gets the last one that is whole.
 """
 
+import contextlib
+import errno
 import json
 import logging
 import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +23,44 @@ LOGGER = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TRAINING_FILES = ("optimizer.pt", "scheduler.pt")  # where no engine keeps them in files of its own
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream")  # in errors of `torch.save` about a file
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def what_is_wrong(folder: str | Path, adapters: Iterable[str] = (), with_optimizer: bool = True) -> str | None:
+def what_is_wrong(
+    folder: str | Path, adapters: Iterable[str] = (), training_files: Iterable[str] = TRAINING_FILES
+) -> str | None:
     """What keeps a run from going on at a checkpoint; None: it is whole.
 
     Args:
         folder: Of the checkpoint.
         adapters: Names of the subfolders that hold adapters beside the one in the folder itself.
-        with_optimizer: Whether optimizer and schedule lie in `TRAINING_FILES`.
+        training_files: Where the engine keeps optimizer and schedule; patterns, each of at least one file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return f"there is no folder {folder}"
     wanted = [folder / name for name in ADAPTER_FILES]
     wanted += [folder / name / file for name in adapters for file in ADAPTER_FILES]
-    wanted += [folder / name for name in (TRAINING_FILES if with_optimizer else ())]
+    for pattern in training_files:
+        wanted += sorted(folder.glob(pattern)) or [folder / pattern]
     wanted += [*sorted(folder.glob("rng_state*.pth")), folder / STATE_FILE]
     for path in wanted:
         problem = _problem(path)
         if problem is not None:
             return f"{path.relative_to(folder)} {problem}"
-    return None
+    missing = [name for name in _random_states(folder) if not (folder / name).is_file()]
+    return f"{missing[0]} is missing" if missing else None
+
+
+def _random_states(folder: Path) -> list[str]:
+    """Files of the random states of all processes that wrote a checkpoint; each writes its own, no order among them."""
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    callbacks = state.get("stateful_callbacks") if isinstance(state, dict) else None
+    saved = (callbacks or {}).get("EngineCallback")
+    processes = saved.get("attributes", {}).get("processes", 0) if isinstance(saved, dict) else 0
+    return ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
 
 
 def _problem(path: Path) -> str | None:
@@ -73,47 +90,58 @@ def checkpoints_of(output_dir: str | Path) -> list[Path]:
 def newest_whole(
     output_dir: str | Path,
     adapters: Iterable[str] = (),
-    with_optimizer: bool = True,
+    training_files: Iterable[str] = TRAINING_FILES,
     difference: Callable[[Path], str | None] = lambda folder: None,
-) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint of a run, None where there is none; and newer ones that are not, with the reason.
+) -> tuple[Path | None, dict[Path, str], dict[Path, str]]:
+    """The newest whole checkpoint of a run, None where there is none.
 
     Args:
         output_dir: Where the checkpoints lie.
-        adapters, with_optimizer: See `what_is_wrong`.
+        adapters, training_files: See `what_is_wrong`.
         difference: In what a whole checkpoint is one of another run; None: in nothing.
+
+    Returns:
+        It; newer ones that are not whole, with the reason; newer ones of another run, with what differs.
     """
-    adapters = list(adapters)
-    skipped: dict[Path, str] = {}
+    adapters, training_files = list(adapters), list(training_files)
+    torn: dict[Path, str] = {}
+    others: dict[Path, str] = {}
     for path in checkpoints_of(output_dir):
-        problem = what_is_wrong(path, adapters, with_optimizer) or difference(path)
+        problem = what_is_wrong(path, adapters, training_files)
+        if problem is not None:
+            torn[path] = problem
+            continue
+        problem = difference(path)
         if problem is None:
-            return path, skipped
-        skipped[path] = problem
-    return None, skipped
+            return path, torn, others
+        others[path] = problem
+    return None, torn, others
 
 
 def checkpoint_to_resume(
     given: str | bool | None,
     output_dir: str | Path,
     adapters: Iterable[str] = (),
-    with_optimizer: bool = True,
+    training_files: Iterable[str] = TRAINING_FILES,
     difference: Callable[[Path], str | None] = lambda folder: None,
 ) -> str | None:
-    """The folder that a run goes on from.
+    """The folder that a run goes on from; None: it starts anew.
+
+    A run that is always started with True goes on by itself however often it is killed: before its first checkpoint
+    there is none, and it starts anew with a warning that says so.
 
     Args:
-        given: True for the newest whole one in `output_dir`; a folder; None or False: the run starts anew.
-        output_dir, adapters, with_optimizer, difference: See `newest_whole`.
+        given: True for the newest whole one in `output_dir`, if there is one; a folder; None or False for none.
+        output_dir, adapters, training_files, difference: See `newest_whole`.
 
     Raises:
-        ValueError: There is none, or the folder given is not whole or of another run; it names the file, or what
-            differs.
+        ValueError: The folder given is not whole, or it and all whole ones are of another run; it names the file, or
+            what differs.
     """
     if given is None or given is False:
         return None
     if given is not True:
-        problem = what_is_wrong(given, adapters, with_optimizer)
+        problem = what_is_wrong(given, adapters, training_files)
         if problem is not None:
             raise ValueError(
                 f"resume_from_checkpoint={given!r} is not a whole checkpoint of this run: {problem}. Give another one, "
@@ -123,18 +151,49 @@ def checkpoint_to_resume(
         if problem is not None:
             raise ValueError(f"resume_from_checkpoint={given!r} is no checkpoint of this run: {problem}.")
         return str(given)
-    path, skipped = newest_whole(output_dir, adapters, with_optimizer, difference)
+    path, torn, others = newest_whole(output_dir, adapters, training_files, difference)
+    skipped = torn | others
     reasons = "; ".join(f"{folder.name}: {problem}" for folder, problem in skipped.items())
-    if path is None:
+    if path is None and others:
+        newest, problem = next(iter(others.items()))
         raise ValueError(
-            f"resume_from_checkpoint=True, but {output_dir} holds no whole checkpoint"
-            f"{f' ({reasons})' if reasons else ''}. Leave it out to start anew, or name the folder of one."
+            f"resume_from_checkpoint=True, but what lies in {output_dir} is of another run; {newest.name}: {problem}. "
+            "Set that back, or start anew in another output_dir."
         )
+    if path is None:
+        left = f"; folders that are not were skipped: {reasons}" if reasons else ""
+        LOGGER.warning("starting anew: %s holds no whole checkpoint to go on from%s", output_dir, left)
+        return None
     if skipped:
         LOGGER.warning(
             "going on from %s; newer folders that are not whole, or of another run, were skipped: %s", path, reasons
         )
     return str(path)
+
+
+class NotWrittenError(RuntimeError):
+    """A checkpoint or a model could not be written to the disk."""
+
+
+@contextlib.contextmanager
+def explained_writing(folder: str | Path) -> Iterator[None]:
+    """Say what could not be written where a disk is full, and that earlier checkpoints are as they were.
+
+    Raises:
+        NotWrittenError: A file in `folder` could not be written.
+    """
+    try:
+        yield
+    except NotWrittenError:
+        raise
+    except (OSError, RuntimeError) as error:
+        of_disk = getattr(error, "errno", None) in DISK_ERRORS or any(name in str(error) for name in TORCH_WRITERS)
+        if not of_disk:
+            raise
+        raise NotWrittenError(
+            f"{folder} could not be written ({error}). Is the disk full? Checkpoints written before it are as they "
+            "were: make room and go on with resume_from_checkpoint=True."
+        ) from error
 
 
 def make_room(args: Any, step: int) -> None:

@@ -13,7 +13,12 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from trl_ext.checkpoints import STATE_FILE, TRAINING_FILES, checkpoint_to_resume, checkpoints_of
+from trl_ext.checkpoints import (
+    STATE_FILE,
+    TRAINING_FILES,
+    checkpoint_to_resume,
+    checkpoints_of,
+)
 from trl_ext.roles.folding import unfold
 from trl_ext.roles.sharding import gather_in_calls
 
@@ -182,7 +187,7 @@ def resume_from(
         accelerator: `Accelerator`.
 
     Raises:
-        ValueError: There is none, it is not whole, or it cannot be gone on from; it says what to set.
+        ValueError: The one given is not whole, or it cannot be gone on from; it says what to set.
     """
     engine = engine_name(accelerator)
     newest = checkpoints_of(args.output_dir)[:1] if given is True else [Path(given)] if given else []
@@ -198,22 +203,21 @@ def resume_from(
             return str(error).removesuffix(".")
         return difference(path)
 
-    return checkpoint_to_resume(given, str(args.output_dir), adapters, engine == DATA_PARALLEL, differs)
+    return checkpoint_to_resume(given, str(args.output_dir), adapters, OPTIMIZER_FILES[engine], differs)
 
 
 def check_written_under(folder: Path, engine: str) -> None:
     """Check that a checkpoint holds what an engine keeps its optimizer in.
 
     Raises:
-        ValueError: It holds that of another engine, or none.
+        ValueError: It holds that of another engine.
     """
     missing = [name for name in OPTIMIZER_FILES[engine] if not list(folder.glob(name))]
     written = [name for name, files in OPTIMIZER_FILES.items() if all(list(folder.glob(file)) for file in files)]
-    if missing and (written or engine != DATA_PARALLEL):
+    if missing and written:
         raise ValueError(
-            f"{folder} holds no {missing[0]}, where {engine} keeps its optimizer"
-            f"{f': it was written under {written[0]}. Launch with that' if written else ''}, or start anew from its "
-            "adapters (policy_adapter, critic_adapter)."
+            f"{folder} holds no {missing[0]}, where {engine} keeps its optimizer: it was written under {written[0]}. "
+            "Launch with that, or start anew from its adapters (policy_adapter, critic_adapter)."
         )
 
 

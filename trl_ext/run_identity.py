@@ -129,6 +129,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "do_predict",
         "eval_strategy",
         "eval_steps",
+        "keep_best_policy",
         "eval_delay",
         "eval_on_start",
         "eval_accumulation_steps",

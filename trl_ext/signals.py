@@ -81,10 +81,9 @@ class StopSignals(TrainerCallback):
         if self.stopped_by:
             control.should_training_stop = True
             control.should_log |= args.logging_strategy != "no"  # the means since the last log are in no checkpoint
-            control.should_save |= args.save_strategy != "no" and not _at_end_of_epoch(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """`Trainer` comes here when training stops within an epoch, too."""
+        """Save, unless this step was. `Trainer` comes here where training stops within an epoch, too."""
         if self.stopped_by:
             control.should_evaluate &= _at_end_of_epoch(state)
             control.should_save = args.save_strategy != "no" and (control.should_evaluate or self.saved is None)

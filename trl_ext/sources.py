@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -58,15 +59,17 @@ class RewardSources:
             raise ValueError(
                 "there is nothing that scores responses: give reward_funcs, or a SharedBaseModel with a reward_adapter."
             )
+        if weights is not None and not isinstance(weights, list | tuple):
+            raise ValueError(f"reward_weights={weights!r} must be a list with one number for each of reward_funcs.")
         if weights is not None and len(weights) != len(listed):
             raise ValueError(
                 f"reward_weights has {len(weights)} numbers for {len(listed)} reward_funcs: give one for each. The "
                 "reward role has a weight of its own, reward_role_weight."
             )
-        self.weights = [1.0] * len(listed) if weights is None else [float(weight) for weight in weights]
-        for i, weight in enumerate(self.weights):
-            if not math.isfinite(weight):
+        for i, weight in enumerate(weights or []):
+            if not isinstance(weight, Real) or not math.isfinite(weight):
                 raise ValueError(f"reward_weights[{i}]={weight!r}: give a finite number.")
+        self.weights = [1.0] * len(listed) if weights is None else [float(weight) for weight in weights]
         if not isinstance(processing_classes, list | tuple):
             processing_classes = [processing_classes] * len(listed)
         if len(processing_classes) != len(listed):
@@ -204,7 +207,7 @@ def _checked(name: str, rewards: Any, completions: list[Any]) -> list[float | No
             continue
         try:
             finite = not isinstance(value, str | bytes) and math.isfinite(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             finite = False
         if not finite:
             raise ValueError(

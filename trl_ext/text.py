@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -98,7 +99,11 @@ class TextEncoder:
         return self._render(prompt, add_generation_prompt=True), False
 
     def _render(self, messages: Messages, **options: Any) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **self.chat_template_kwargs)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **self.chat_template_kwargs)
+        except (TemplateError, TypeError, AttributeError, LookupError, ValueError) as error:  # code of others, or none
+            what = f"the tokenizer's chat template cannot render {messages!r}: {type(error).__name__}: {error}"
+            raise ValueError(f"{what}. Give roles and contents that it knows, or texts for conversations.") from error
 
     # ------------------------------------------------------------------ responses that somebody wrote
 
@@ -303,12 +308,7 @@ def end_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
 
 
 def load_generation_config(model: Any, **options: Any) -> Any:
-    """The generation config of a model, or of one that is still to be loaded, by id or folder; None without one.
-
-    Args:
-        model: A loaded model, or its id or folder.
-        options: Those of `GenerationConfig.from_pretrained` (`revision`, ...), for an id.
-    """
+    """The generation config of a loaded model, or by id with options of `from_pretrained`; None without one."""
     if not isinstance(model, str):
         return getattr(model, "generation_config", None)
     try:
@@ -366,12 +366,13 @@ def check_prompt(prompt: Any, where: str) -> None:
                 f"{where}: message {i} of the prompt is {message!r}. Every message needs a role (system, user, "
                 "assistant) and a content."
             )
-    if not any(message.get("content") for message in prompt):
+    contents = [message.get("content") for message in prompt]
+    if not any(content.strip() if isinstance(content, str) else content for content in contents):
         raise ValueError(f"{where} has an empty prompt ({prompt!r}). {drop}")
 
 
 def check_prompts(prompts: Sequence[Any], name: str) -> None:
-    """`check_prompt` of every row, and that all are of one kind, which TRL takes from the first of a batch.
+    """`check_prompt` of every row, and that all are of one kind.
 
     Raises:
         ValueError: What is wrong, with the number of the row.

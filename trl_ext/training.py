@@ -5,12 +5,13 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 
-from trl_ext.checkpoints import checkpoints_of
+from trl_ext.checkpoints import NotWrittenError, checkpoints_of, explained_writing, make_room
 from trl_ext.engines import EngineCallback, is_fsdp, resume_from, zero_stage
 from trl_ext.roles.role import Role
 from trl_ext.roles.sharding import is_sharded, whole_weights
@@ -130,12 +131,27 @@ class RoleTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer`'s; of a sharded model the adapters are put together for it, and the base is not."""
         model: Any = self.model
-        if not is_sharded(model):
-            super().save_model(output_dir, _internal_call)
-            return
-        self._save(output_dir, state_dict=whole_weights(model, lambda name: model.owner(name) is not None))
+        with explained_writing(output_dir or str(self.args.output_dir)):
+            if not is_sharded(model):
+                super().save_model(output_dir, _internal_call)
+                return
+            self._save(output_dir, state_dict=whole_weights(model, lambda name: model.owner(name) is not None))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As `Trainer`'s; one that cannot be written is removed again.
+
+        Raises:
+            NotWrittenError: It cannot be written.
+        """
+        step = self.state.global_step
+        try:
+            with explained_writing(Path(str(self.args.output_dir)) / f"checkpoint-{step}"):
+                super()._save_checkpoint(model, trial)
+        except NotWrittenError:
+            make_room(self.args, step)
+            raise
 
     def evaluate(
         self,

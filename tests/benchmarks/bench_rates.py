@@ -157,9 +157,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args.output.mkdir(parents=True, exist_ok=True)
-    print(
-        "| rate | seed | reward, first -> last fifth | KL, last fifth (largest) | length | diversity | alarms | collapsed |"
-    )
+    columns = ("rate", "seed", "reward, first -> last fifth", "KL, last fifth (largest)", "length", "diversity")
+    print(f"| {' | '.join([*columns, 'alarms', 'collapsed'])} |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for rate in args.rates:
         for seed in args.seeds:

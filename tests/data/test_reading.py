@@ -83,3 +83,27 @@ def test_real_pairs_with_strengths_in_words_are_kept(shared_dir: Path) -> None:
     dataset, report = load_preferences(shared_dir / "data" / "open_instruct_human" / "pairs.jsonl.gz")
     assert len(dataset) > 600
     assert sum(report.ignored.values()) == 686
+
+
+@pytest.mark.parametrize("content", ["null", "null\nnull\n", "{}", "3"])
+def test_a_file_that_begins_with_no_object_is_refused_before_pyarrow_reads_it(tmp_path, content):
+    """At `null` pyarrow ends the process."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"x\.jsonl, row 0: "):
+        load_split(path)
+
+
+def test_a_mark_of_the_byte_order_is_passed_over(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}')
+    assert load_split(path)["prompt"][:] == ["a"]
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(PAIR).encode())
+    assert len(load_preferences(path)[0]) == 1
+
+
+def test_a_folder_or_a_name_that_is_no_dataset_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"folder .* cannot be read as a dataset: .*train\.jsonl"):
+        load_split(tmp_path)
+    with pytest.raises(FileNotFoundError, match="dataset nowhere/at_all: there is no such file or folder"):
+        load_split("nowhere/at_all")

@@ -152,6 +152,10 @@ def test_an_error_names_the_field_the_value_and_the_remedy(tmp_path, name, value
             {"policy_objective": "kl_penalty", "update_kl_target": 0.0},
             "policy_objective='kl_penalty'.*update_kl_target is 0: set a target, or policy_objective='clip'",
         ),
+        (
+            {"kl_horizon": 640.0},
+            "kl_horizon=640 is that of kl_control='adaptive', and kl_control is 'pi': leave it out",
+        ),
         ({"kl_penalty_coef": 2.0}, "kl_penalty_coef=2 does nothing with policy_objective='clip'"),
         ({"policy_objective": "kl_penalty", "epsilon": 0.1}, "epsilon=0.1 does nothing with policy_objective"),
         ({"policy_objective": "kl_penalty", "epsilon_high": 0.3}, "epsilon_high=0.3 does nothing with policy_obj"),
@@ -176,12 +180,11 @@ def test_options_that_do_not_go_together(tmp_path, options, message):
 
 
 def test_the_shortest_horizon_that_is_no_error_is_none_in_a_run(tmp_path):
-    config = make(tmp_path, per_device_train_batch_size=8, steps_per_generation=4, kl_horizon=6.5)
+    sizes = {"per_device_train_batch_size": 8, "steps_per_generation": 4, "kl_control": "adaptive"}
+    config = make(tmp_path, **sizes, kl_horizon=6.5)
     controller = AdaptiveKL(config.beta, config.kl_target, config.kl_horizon)
     assert controller.update(0.0, config.generation_batch_size) > 0
-    short = {"kl_horizon": 6.4, "per_device_train_batch_size": 8, "steps_per_generation": 4}
-    make(tmp_path, **short, kl_control="fixed")
-    make(tmp_path, **short, beta=0.0)
+    make(tmp_path, **sizes, kl_horizon=6.4, beta=0.0)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,7 @@ def test_each_trick_can_be_switched_off(tmp_path):
 
 
 def test_the_horizon_is_20_rollout_batches_in_samples(tmp_path):
-    sizes = {"per_device_train_batch_size": 4, "steps_per_generation": 8}
+    sizes = {"per_device_train_batch_size": 4, "steps_per_generation": 8, "kl_control": "adaptive"}
     assert make(tmp_path, **sizes).kl_horizon == 20 * 4 * 8
     assert make(tmp_path, **sizes, kl_horizon=10_000.0).kl_horizon == 10_000.0
 

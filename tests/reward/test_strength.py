@@ -1,6 +1,7 @@
 """Preference strength by hand, what is done about doubted labels, and members that are trained one after another."""
 
 import contextlib
+import os
 import signal
 
 import pytest
@@ -10,9 +11,9 @@ from transformers import TrainerCallback
 
 from tests.ppo import tiny
 from tests.reward import runs
-from trl_ext.reward.strength import apply_strength, preference_strength, train_ensemble
+from trl_ext.reward.strength import apply_strength, is_trained, preference_strength, train_ensemble
 from trl_ext.reward.trainer import RewardModelTrainer
-from trl_ext.roles import RewardModel, load_base
+from trl_ext.roles import RewardModel, RewardScale, load_base
 
 # Two models and five pairs: strengths 2, -1, 0.5, -3, 0; the models disagree about the third and the last
 DIFFERENCES = torch.tensor([[1.0, -1.0, 2.0, -2.0, 1.0], [3.0, -1.0, -1.0, -4.0, -1.0]])
@@ -202,3 +203,25 @@ def test_a_member_that_was_stopped_goes_on_from_its_own_checkpoint_and_from_no_o
     assert ensemble(tmp_path / "other", learning_rate=5e-3)[1] == [1, 2, 3, 4]
     assert "the run begins anew" in caplog.text
     assert "learning_rate=0.01" in caplog.text
+
+
+def test_a_member_that_was_cut_while_it_was_saved_is_trained_anew(base, tmp_path, monkeypatch):
+    """Weights without their scale would be another reward: they are written last."""
+    model = RewardModel(load_base(str(base)), tiny.lora("SEQ_CLS"))
+    model.scale = RewardScale(0.0, 2.0, 8)
+    model.save_pretrained(str(tmp_path / "whole"))
+    assert is_trained(tmp_path / "whole")
+    real = os.replace
+    for number in range(3):
+        done = []
+
+        def replace(*names, number=number, done=done):
+            if len(done) == number:
+                raise KeyboardInterrupt
+            done.append(names)
+            real(*names)
+
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_pretrained(str(tmp_path / str(number)))
+        assert not is_trained(tmp_path / str(number))

@@ -182,3 +182,17 @@ def test_no_response_is_trained_behind_its_end_token():
     user = [{"role": "user", "content": "Hi"}]
     (encoded,), _ = encode([row(prompt=user, responses=["Yes", "No."])], tokenizer, max_length=99)
     assert [tokenizer.decode(ids) for ids in encoded["response_ids"]] == ["Yes<|im_end|>", "No.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"responses": "w2"}, "responses='w2' .* must both be lists"),  # each letter was a response
+        ({"scores": 1.0}, "scores=1.0 must both be lists"),
+        ({"responses": [1, 2]}, "row 0, a response: the prompt is 1"),
+        ({"scores": [True, False]}, "the score True: give finite numbers"),
+    ],
+)
+def test_responses_and_scores_are_lists_of_texts_and_numbers(tokenizer, bad, message):
+    with pytest.raises(ValueError, match=message):
+        encode([{"prompt": "w1", "responses": [" w2", " w3"], "scores": [1.0, 2.0]} | bad], tokenizer)

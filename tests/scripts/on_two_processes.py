@@ -1,9 +1,10 @@
-"""Run by torch.distributed.run on each process: on_two_processes.py RECIPE FOLDER FLAGS ...
+"""Run by torch.distributed.run on each process, two or others: on_two_processes.py RECIPE FOLDER FLAGS ...
 
 The recipe as it is; when a trainer saves its model at the end, every process writes down what it has trained.
 """
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -26,12 +27,13 @@ def main() -> None:
     def recorded_save(self, *args, **kwargs):
         kind = type(self.model_wrapped).__name__
         found = {"start": dict(start), "end": weights(self), "wrapped": kind}
-        torch.save(found, folder / f"{type(self).__name__}-rank{dist.get_rank()}.pt")
+        torch.save(found, folder / f"{type(self).__name__}-rank{os.environ['RANK']}.pt")
         return save(self, *args, **kwargs)
 
     Trainer.train, Trainer.save_model = recorded_train, recorded_save
     importlib.import_module(f"trl_ext.scripts.{recipe}").main(flags)
-    dist.destroy_process_group()
+    if dist.is_initialized():  # not with one process
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

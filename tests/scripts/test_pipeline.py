@@ -189,13 +189,34 @@ def test_prompts_that_are_all_too_long_are_an_error(world) -> None:
         pipeline.prompts_of(rows, encoder, 3)
 
 
-def test_reward_models_are_enough_to_go_on_from(tmp_path: Path) -> None:
+def test_reward_models_that_are_there_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model_name_or_path=m", "--dataset_name=d", f"--output_dir={tmp_path}", "--use_cpu"]
     recipe, training, *_ = pipeline.parse([*flags, "--resume_from_checkpoint=true"])
-    with pytest.raises(ValueError, match="there is no checkpoint"):
-        pipeline.resume_of(recipe, training)
-    (tmp_path / "reward" / "member_1" / "checkpoint-1").mkdir(parents=True)  # stopped in the first member
-    assert pipeline.resume_of(recipe, training) is None
-    (tmp_path / "reward" / "member_1" / "checkpoint-1").rmdir()
+    assert pipeline.resume_of(recipe, training) is True
+    (tmp_path / "reward" / "member_1").mkdir(parents=True)
     (tmp_path / "reward" / "member_1" / "adapter_model.safetensors").write_text("")
-    assert pipeline.resume_of(recipe, training) is None
+    assert pipeline.resume_of(recipe, training) is True
+    printed = capsys.readouterr().out
+    assert "0 of 5 reward models" in printed
+    assert "1 of 5 reward models" in printed
+    assert pipeline.resume_of(*pipeline.parse(flags)[:2]) is None
+
+
+def test_what_was_judged_hangs_on_the_adapters_and_the_prompts(tmp_path: Path) -> None:
+    flags = ["--model_name_or_path=m", "--dataset_name=d", f"--output_dir={tmp_path}", "--use_cpu", "--members=2"]
+    recipe, training, *_ = pipeline.parse(flags)
+    judge = tmp_path / "reward" / "member_2" / "adapter_model.safetensors"
+    judge.parent.mkdir(parents=True)
+    for path in (judge, tmp_path / judge.name):
+        path.write_bytes(b"weights")
+    judged = pipeline.judged_of(recipe, training)
+    path = tmp_path / "judgement.json"
+    assert pipeline.judged_before(path, judged) is None
+    pipeline.write_json(path, {"win": 1.0, "judged": judged})
+    assert pipeline.judged_before(path, pipeline.judged_of(recipe, training)) == {"win": 1.0, "judged": judged}
+    more = pipeline.parse([*flags, "--judged_prompts=7"])[0]
+    assert pipeline.judged_before(path, pipeline.judged_of(more, training)) is None
+    judge.write_bytes(b"others")
+    assert pipeline.judged_before(path, pipeline.judged_of(recipe, training)) is None
+    path.write_text("{")
+    assert pipeline.judged_before(path, judged) is None

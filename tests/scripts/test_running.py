@@ -1,5 +1,6 @@
 """Around a training: the output folder, resuming, seeds, tables."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,7 +8,15 @@ import pytest
 import torch
 
 from trl_ext.scripts import pipeline, ppo_max, preference_strength, reward_model, rrhf, sample_responses
-from trl_ext.scripts.running import SeededEvaluation, checkpoint_to_resume, first_evaluation, seeded, start_run
+from trl_ext.scripts.running import (
+    EvaluationAtStart,
+    SeededEvaluation,
+    checkpoint_to_resume,
+    first_evaluation,
+    seeded,
+    start_run,
+    write_json,
+)
 from trl_ext.scripts.tables import before_and_after, print_pairs, print_table
 
 
@@ -43,17 +52,29 @@ def run_of(folder: Path, resume=None) -> SimpleNamespace:
     return SimpleNamespace(output_dir=str(folder), seed=3, resume_from_checkpoint=resume)
 
 
-def test_resuming_without_a_checkpoint_is_an_error_and_with_one_it_is_the_newest(tmp_path: Path) -> None:
-    assert checkpoint_to_resume(run_of(tmp_path)) is None
-    for folder in (tmp_path, tmp_path / "not there"):
-        with pytest.raises(ValueError, match="--resume_from_checkpoint true: there is no checkpoint in"):
-            checkpoint_to_resume(run_of(folder, "true"))
+def test_resuming_is_a_folder_or_whatever_the_trainer_finds(tmp_path: Path) -> None:
+    for wanted in (None, "", "false", "0"):
+        assert checkpoint_to_resume(run_of(tmp_path, wanted)) is None
+    assert checkpoint_to_resume(run_of(tmp_path / "not there", "true")) is True
     with pytest.raises(ValueError, match="there is no such folder"):
         checkpoint_to_resume(run_of(tmp_path, str(tmp_path / "checkpoint-9")))
-    for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    assert checkpoint_to_resume(run_of(tmp_path, "true")) is True  # which of them is whole, the trainer knows
+    (tmp_path / "checkpoint-2").mkdir()
     assert checkpoint_to_resume(run_of(tmp_path, str(tmp_path / "checkpoint-2"))) == str(tmp_path / "checkpoint-2")
+
+
+def test_the_first_evaluation_is_made_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for wanted, step, expected in ((True, 0, True), (True, 4, False), (False, 0, False)):
+        args = SimpleNamespace(eval_on_start=wanted)
+        EvaluationAtStart().on_train_begin(args, SimpleNamespace(global_step=step), None)
+        assert args.eval_on_start is expected
+    assert capsys.readouterr().out.count("before training") == 1
+
+
+def test_a_result_is_whole_or_not_there(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 
 
 def test_the_seed_governs_what_is_made_after_the_start(tmp_path: Path) -> None:

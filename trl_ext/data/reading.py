@@ -38,9 +38,9 @@ def load_split(
         revision: branch, tag or commit of a Hub dataset.
 
     Raises:
-        FileNotFoundError: a name like a file's, and no such file.
-        ValueError: an unknown file format, a file that cannot be read (the line, and why), a split that is not there,
-            or a Hub dataset that is a script.
+        FileNotFoundError: no such file, folder or Hub dataset.
+        ValueError: an unknown file format, a file or folder that cannot be read (where, and why), a split that is not
+            there, or a Hub dataset that is a script.
     """
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
@@ -50,18 +50,29 @@ def load_split(
     if path.is_file():
         return _load_file(path)
     _check_not_a_missing_file(path)
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        loaded = load_from_disk(str(path))
-    else:
-        try:
+    saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+    try:
+        if saved:
+            loaded: Any = load_from_disk(str(path))
+        else:
             loaded = load_dataset(str(source), config, data_dir=data_dir, revision=revision)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error):
-                raise
+    except Exception as error:
+        if "scripts are no longer supported" in str(error):
             raise ValueError(
                 f'dataset {source} is a script on the Hub: pass revision="refs/convert/parquet" to read its Parquet '
                 "copy, with the configuration's name, if it has one, as data_dir"
             ) from error
+        if path.is_dir():
+            raise ValueError(
+                f"folder {source} cannot be read as a dataset: {error.__cause__ or error}. Give one that save_to_disk "
+                "wrote whole, or one with train.jsonl, test.jsonl, ..."
+            ) from error
+        if isinstance(error, FileNotFoundError | ConnectionError):
+            raise FileNotFoundError(
+                f"dataset {source}: there is no such file or folder, and the Hub has no such dataset or cannot be "
+                f"reached ({error}). Correct the name."
+            ) from error
+        raise
     if isinstance(loaded, Dataset):
         return loaded
     if not isinstance(loaded, DatasetDict) or split not in loaded:
@@ -99,15 +110,28 @@ def _load_file(path: Path) -> "Dataset":
 
     kind = _file_format(path)
     if not path.stat().st_size:
-        raise ValueError(f"{path} is empty.")
+        raise ValueError(f"{path} is empty: give at least one row.")
     if kind != "parquet":
         _check_utf8(path)  # which `datasets` finds out when a row is read
+    if kind == "json":
+        _check_first_row(path)  # pyarrow ends the process at a file that begins with null
     try:
         return load_dataset(kind, data_files=glob.escape(str(path)), split="train")
     except Exception as error:
         if kind == "json":
             _explain_json(path)
-        raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read as {kind}: {error.__cause__ or error}. Mend it, or save it again."
+        ) from error
+
+
+def _check_first_row(path: Path) -> None:
+    first = next(iter(read_json_rows(path)), None)
+    if first is None:
+        raise ValueError(f"{path} has no rows: give at least one.")
+    if isinstance(first, RowError) or not first:
+        problem = first if isinstance(first, RowError) else "an object without columns"
+        raise ValueError(f"{path}, row 0: {problem}. Mend or remove the line.")
 
 
 def _explain_json(path: Path) -> None:
@@ -173,12 +197,14 @@ def _explained(path: Path) -> Iterator[None]:
             f"{path} is not UTF-8 ({error.reason}): save it as UTF-8, as by iconv -f latin1 -t utf-8 {path}"
         ) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is no whole gzip file: {error}") from error
+        raise ValueError(f"{path} is no whole gzip file: {error}. Save or download it again.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}. Mend it, or save it again.") from error
 
 
 def _open_text(path: Path) -> Any:
-    zipped = path.suffix.lower() == ".gz"
-    return gzip.open(path, "rt", encoding="utf-8") if zipped else path.open(encoding="utf-8")
+    zipped, encoding = path.suffix.lower() == ".gz", "utf-8-sig"  # which passes over a mark of the byte order
+    return gzip.open(path, "rt", encoding=encoding) if zipped else path.open(encoding=encoding)
 
 
 def _json_rows(path: Path) -> Iterator[Row | RowError]:

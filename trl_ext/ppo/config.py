@@ -153,7 +153,7 @@ class PPOMaxConfig(RLOOConfig):
     kl_horizon: Annotated[float | None, above(0)] = field(
         default=None,
         metadata={
-            "help": "Horizon of 'adaptive' control, in samples; smaller reacts faster. Default: 20 rollout batches."
+            "help": "Horizon of 'adaptive' control alone, in samples; smaller is faster. Default: 20 rollout batches."
         },
     )
 
@@ -245,10 +245,10 @@ class PPOMaxConfig(RLOOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         choose_mixed_precision(self)
         self._optim_by_base = self.optim is None
         self.optim = self.optim or DEFAULT_OPTIM
-        check_fields(self)
         try:
             super().__post_init__()
         except ValueError as error:
@@ -258,7 +258,12 @@ class PPOMaxConfig(RLOOConfig):
         check_schedule(self)
         if self.critic_learning_rate is None:
             self.critic_learning_rate = 3 * self.learning_rate
-        if self.kl_horizon is None:
+        if self.kl_control != "adaptive" and self.kl_horizon is not None:
+            raise ValueError(
+                f"kl_horizon={self.kl_horizon:g} is that of kl_control='adaptive', and kl_control is "
+                f"{self.kl_control!r}: leave it out, or set kl_control='adaptive'."
+            )
+        if self.kl_control == "adaptive" and self.kl_horizon is None:
             self.kl_horizon = float(HORIZON_IN_BATCHES * (self.generation_batch_size or 1))
         self._choose_update_kl_target()
         evaluated = self.eval_strategy != "no"
@@ -356,8 +361,8 @@ class PPOMaxConfig(RLOOConfig):
         self._check_policy_objective()
         if self.max_steps >= 1:
             self.check_critic_warmup(self.max_steps)
-        shortest = LARGEST_BATCH_IN_HORIZONS * self.kl_horizon  # type: ignore[operator]
-        if self.kl_control == "adaptive" and self.beta > 0 and shortest <= self.generation_batch_size:  # type: ignore[operator]
+        horizon = self.kl_horizon if self.beta > 0 else None
+        if horizon is not None and LARGEST_BATCH_IN_HORIZONS * horizon <= self.generation_batch_size:  # type: ignore[operator]
             raise ValueError(
                 f"kl_horizon={self.kl_horizon:g} is too short for rollout batches of {self.generation_batch_size} "
                 f"samples: beta could become 0 or negative. It must be above "

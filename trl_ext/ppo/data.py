@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
-from trl_ext.text import TextEncoder, check_prompts, pad_ids
+from trl_ext.text import TextEncoder, check_prompt, check_prompts, pad_ids
 
 SHORTEST_TEXT = 2  # tokens: a text of one predicts nothing
 NAMED = 5  # rows that an error names
@@ -109,11 +109,12 @@ def check_lengths(
     room = positions - max_completion_length - added
     too_long = sum(length > room for length in lengths)
     if too_long:
-        left = max(positions - added - lengths[longest], 0)
+        left = positions - added - lengths[longest]
+        lower = f"Lower max_completion_length to at most {left}, or drop" if left > 0 else "Drop"
         raise ValueError(
             f"{name} row {longest}: a prompt of {lengths[longest]} tokens and max_completion_length="
             f"{max_completion_length} exceed the model's {positions} positions, as do {too_long} of {len(lengths)} "
-            f"rows. Lower max_completion_length to at most {left}, or drop prompts of more than {room} tokens."
+            f"rows. {lower} prompts of more than {room} tokens."
         )
 
 
@@ -169,6 +170,16 @@ class PTXBatches:
                 f"ptx_dataset has {len(blank)} rows whose {column} is empty, {blank[:NAMED]} among them: there is "
                 f"nothing to learn from them. Drop such rows: dataset.filter(lambda row: row['{column}'])."
             )
+        if column != "text":
+            for row, start in enumerate(dataset["messages" if column == "messages" else "prompt"]):
+                check_prompt(start, f"ptx_dataset row {row}")
+        plain = column == "text" or (column == "completion" and isinstance(dataset[0]["prompt"], str))
+        for row, text in enumerate(dataset[column]):
+            if isinstance(text, str) if column == "messages" else plain and not isinstance(text, str):
+                raise ValueError(
+                    f"ptx_dataset row {row}: {column} is {text!r}, a {type(text).__name__}. Give a text, or for "
+                    "conversations a list of messages {'role': 'user', 'content': '...'}."
+                )
         self.dataset, self.encoder = dataset, encoder
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.process_index, self.num_processes = process_index, num_processes

@@ -30,14 +30,14 @@ def check_inherited_options(args: Any) -> None:
     refused: dict[str, str] = {
         "reward_clip_range": "use reward_clip, which clips after normalisation",
         "mask_truncated_completions": "use missing_eos_penalty; a masked completion would leave its critic untrained",
-        "sync_ref_model": "the reference is the frozen starting policy",
+        "sync_ref_model": "the reference is the frozen starting policy; set it to False",
         "use_vllm": "TRL gives vLLM the policy by merging its adapter into the base that all roles share, and "
         "unmerging rounds, or quantises a 4-bit base anew: the reference would move at each sync. It would also "
         "send the critic's head, and 4-bit weights as they are packed, which no vLLM model has. Use transformers' "
         "generate (the default) or use_transformers_continuous_batching=True",
-        "router_aux_loss_coef": "the auxiliary loss of experts is not supported",
-        "use_liger_kernel": "it replaces the forward passes of the roles",
-        "restore_callback_states_from_checkpoint": "the state of PPO-Max is restored without it",
+        "router_aux_loss_coef": "the auxiliary loss of experts is not supported; set it to 0",
+        "use_liger_kernel": "it replaces the forward passes of the roles; set it to False",
+        "restore_callback_states_from_checkpoint": "the state of PPO-Max is restored without it; set it to False",
     }
     for name, remedy in refused.items():
         if getattr(args, name):

@@ -70,8 +70,8 @@ class RewardModelConfig(RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        choose_mixed_precision(self)
         check_fields(self)
+        choose_mixed_precision(self)
         super().__post_init__()
         check_schedule(self)
         if self.remove_unused_columns:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trl_ext.reward.config import RewardModelConfig
 from trl_ext.roles import RewardModel
+from trl_ext.roles.adapters import WEIGHTS_FILE
 
 ACTIONS = ("flip", "smooth", "margin", "drop")
 EXAMPLES = 3
@@ -63,6 +64,11 @@ class Trains(Protocol):
 AnyTrainer = TypeVar("AnyTrainer", bound=Trains)
 
 
+def is_trained(folder: str | Path) -> bool:
+    """Whether a member's adapter is there and whole: its weights are written last."""
+    return (Path(folder) / WEIGHTS_FILE).is_file()
+
+
 def train_ensemble(
     model: RewardModel,
     args: RewardModelConfig,
@@ -94,7 +100,7 @@ def train_ensemble(
         member.seed, member.data_seed, member.output_dir = seed, seed, str(root / f"member_{k}")
         model.reset(seed)
         trainer = make_trainer(model, member)
-        if (Path(member.output_dir) / "adapter_model.safetensors").is_file():
+        if is_trained(member.output_dir):
             model.load(member.output_dir)
         else:
             trainer.stop.how_to_go_on = "the same command goes on there"

@@ -151,6 +151,13 @@ def check_lora_config(config: Any, name: str, fresh: bool = False) -> LoraConfig
     for field, (bad, remedy) in refused.items():
         if bad:
             raise ValueError(f"{name}: {field}={getattr(config, field)!r} cannot be served on a shared base; {remedy}.")
+    for field, value in (("r", config.r), *(("rank_pattern", value) for value in (config.rank_pattern or {}).values())):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}: {field} has {value!r}, it must be a whole number of at least 1.")
+    alphas = ("lora_alpha", config.lora_alpha), *(("alpha_pattern", v) for v in (config.alpha_pattern or {}).values())
+    for field, value in alphas:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{name}: {field} has {value!r}, it must be a finite number.")
     extra = [m for m in config.modules_to_save or [] if m not in ("score", "classifier")]
     if extra:
         raise ValueError(
@@ -313,7 +320,8 @@ def check_equal(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor], na
 def write_adapter(folder: str | Path, adapter: AdapterWeights) -> None:
     """Write an adapter as PEFT would: `AutoPeftModelForCausalLM`, or `...ForSequenceClassification` if it has a head.
 
-    Each file is written aside and renamed when it is whole, so that a kill or a full disk leaves the one before.
+    Each file is written aside and renamed when it is whole, so that a kill or a full disk leaves the one before. The
+    weights come last: where they are, configuration and scale are too.
 
     Args:
         folder: Made if missing.
@@ -327,12 +335,12 @@ def write_adapter(folder: str | Path, adapter: AdapterWeights) -> None:
         config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
         weights[HEAD_KEY] = adapter.head
     weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    with _written_aside(folder / WEIGHTS_FILE) as path:
-        path.write_bytes(_serialised(weights, adapter.trained_on))
     with _written_aside(folder / CONFIG_FILE) as path, tempfile.TemporaryDirectory() as made:
         config.save_pretrained(made)
         path.write_bytes((Path(made) / CONFIG_FILE).read_bytes())
     write_scale(folder, adapter.scale)
+    with _written_aside(folder / WEIGHTS_FILE) as path:
+        path.write_bytes(_serialised(weights, adapter.trained_on))
 
 
 def _serialised(weights: dict[str, torch.Tensor], trained_on: BaseRecord | None) -> bytes:

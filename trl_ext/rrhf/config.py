@@ -120,8 +120,8 @@ class RRHFConfig(TrainingArguments):
         return self.online_every_steps is not None or self.online_every_pass
 
     def __post_init__(self) -> None:
-        choose_mixed_precision(self)
         check_fields(self)
+        choose_mixed_precision(self)
         super().__post_init__()
         check_schedule(self)
         if self.rank_coef == 0 and self.sft_coef == 0:

@@ -145,6 +145,13 @@ def _encode_row(
     where = f"{name} row {index}"
     prompt, responses, scores = row["prompt"], row.get("responses") or [], row.get("scores") or []
     check_prompt(prompt, where)
+    if not isinstance(responses, list) or not isinstance(scores, list):
+        raise ValueError(
+            f"{where}: responses={responses!r} and scores={scores!r} must both be lists, one entry for each."
+        )
+    for response in responses:
+        if not isinstance(response, str):
+            check_prompt(response, f"{where}, a response")  # messages, as in a prompt
     if len(responses) != len(scores):
         raise ValueError(f"{where} has {len(responses)} responses and {len(scores)} scores: give one for each.")
     truncated = row.get("truncated") or [False] * len(responses)
@@ -158,7 +165,7 @@ def _encode_row(
             f"{where} has {len(responses)} response(s): a ranking needs at least 2. Drop such rows: "
             "dataset.filter(lambda r: len(r['responses']) >= 2)."
         )
-    bad = [score for score in scores if not isinstance(score, int | float) or not math.isfinite(score)]
+    bad = [score for score in scores if type(score) not in (int, float) or not math.isfinite(score)]
     if bad:
         raise ValueError(f"{where} has the score {bad[0]!r}: give finite numbers, or drop the response.")
     prompt_ids = encoder.prompt_ids(prompt)

@@ -55,19 +55,8 @@ class ResponseLog:
         self._file.close()
 
     def records(self) -> list[Record]:
-        """All records in the order of the file.
-
-        Raises:
-            ValueError: A line that is no record, with its number.
-        """
-        found = []
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                record = _parse(line)
-                if record is None:
-                    raise ValueError(f"{self.path} line {number} is no record: {line[:80]!r}. Delete the line.")
-                found.append(record)
-        return found
+        """`read_records` of the file."""
+        return read_records(self.path)
 
     def _remove_torn_line(self) -> int:
         """Cut off what follows the last whole record, one line at most; how many bytes that was."""
@@ -99,9 +88,26 @@ class ResponseLog:
         scratch.replace(path)
 
 
+def read_records(path: Path) -> list[Record]:
+    """All records of such a file, in its order.
+
+    Raises:
+        ValueError: A line that is no record, with its number.
+    """
+    found = []
+    with path.open("rb") as file:  # in bytes, only a newline ends a line
+        for number, line in enumerate(file, start=1):
+            record = _parse(line)
+            if record is None:
+                raise ValueError(f"{path} line {number} is no record: {line[:80]!r}. Delete the line.")
+            found.append(record)
+    return found
+
+
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and {"index", "prompt"} <= set(record) else None
+    whole = isinstance(record, dict) and {"index", "prompt"} <= set(record) and isinstance(record["index"], int)
+    return record if whole else None

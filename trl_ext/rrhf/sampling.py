@@ -1,7 +1,6 @@
 """K responses to every prompt of a dataset, from the policy and from the dataset itself, scored for RRHF."""
 
 import dataclasses
-import json
 import math
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from trl_ext.fields import above, above_to, at_least, check_fields, whole
 from trl_ext.generation.seeded import generate_responses, prompt_generator
 from trl_ext.roles import SharedBaseModel, max_positions
 from trl_ext.rrhf.data import RankedRow
-from trl_ext.rrhf.response_log import Record, ResponseLog
+from trl_ext.rrhf.response_log import Record, ResponseLog, read_records
 from trl_ext.scoring import ResponseScorer
 from trl_ext.text import TextEncoder, check_prompt, end_token_ids, message_text
 
@@ -192,9 +191,14 @@ def sample_responses(
 
 
 def load_responses(path: str | Path) -> Dataset:
-    """The file of `sample_responses` as RRHF's dataset, in the order of the prompts."""
-    with Path(path).open("rb") as lines:  # in bytes, only a newline ends a line
-        records = sorted(map(json.loads, lines), key=lambda record: record["index"])
+    """The file of `sample_responses` as RRHF's dataset, in the order of the prompts.
+
+    Raises:
+        ValueError: A line that is no record, with its number, or none at all.
+    """
+    records = sorted(read_records(Path(path)), key=lambda record: record["index"])
+    if not records:
+        raise ValueError(f"{path} is empty: it has no responses. Sample them again.")
     return Dataset.from_list([{k: v for k, v in record.items() if k != "index"} for record in records])
 
 

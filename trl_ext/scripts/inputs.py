@@ -31,18 +31,20 @@ def load_reward_function(spec: str) -> str | Callable[..., Any]:
     Raises:
         ValueError: No such file or function, or a file that cannot be imported.
     """
-    file, _, name = spec.rpartition(":")
+    stem, found, name = spec.rpartition(".py:")
     if spec.endswith(".py"):
         known = f": it has {', '.join(_functions(spec))}" if Path(spec).is_file() else ""
         raise ValueError(f"--reward_funcs {spec}: name the function too, as in {spec}:reward{known}.")
-    if not file.endswith(".py"):
+    if not found:
         return spec
-    path = Path(file)
+    path = Path(f"{stem}.py")
     if not path.is_file():
         raise ValueError(f"--reward_funcs {spec}: there is no file {path.resolve()}.")
     function = getattr(_module(path), name, None)
     if not callable(function):
-        raise ValueError(f"--reward_funcs {spec}: {path} has no function {name!r}, only {', '.join(_functions(file))}.")
+        raise ValueError(
+            f"--reward_funcs {spec}: {path} has no function {name!r}, only {', '.join(_functions(str(path)))}."
+        )
     return function
 
 
@@ -54,7 +56,8 @@ def load_reward_functions(specs: list[str] | None, weights: list[float] | None =
     """
     functions = [load_reward_function(spec) for spec in specs or []]
     if weights is not None and len(weights) != len(functions):
-        raise ValueError(f"--reward_weights has {len(weights)} numbers for {len(functions)} --reward_funcs.")
+        counts = f"{len(weights)} numbers for {len(functions)} --reward_funcs"
+        raise ValueError(f"--reward_weights has {counts}: give one for each.")
     return functions
 
 
@@ -70,9 +73,10 @@ def _module(path: Path) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise ValueError(f"--reward_funcs {path} cannot be imported: {type(error).__name__}: {error}") from error
+        what = f"--reward_funcs {path} cannot be imported: {type(error).__name__}: {error}"
+        raise ValueError(f"{what}. Mend the file: `python {path}` must run.") from error
     return module
 
 
@@ -113,7 +117,7 @@ def check_prompt_rows(dataset: Dataset, name: str) -> None:
     if "prompt" not in columns:
         near = [column for column in PROMPT_COLUMNS if column in columns]
         near = near or difflib.get_close_matches("prompt", columns, n=1)
-        meant = f" Rename {near[0]!r}: dataset.rename_column({near[0]!r}, 'prompt')." if near else ""
+        meant = f" Rename {near[0]!r}: dataset.rename_column({near[0]!r}, 'prompt')." if near else " Rename one to it."
         raise ValueError(f"{name} has no column 'prompt', only {columns}.{meant}")
     if not len(dataset):
         raise ValueError(f"{name} is empty: give at least one prompt.")

@@ -10,10 +10,13 @@
    often the tuned answer is better. `output_dir/judgement.json`, a table, and pictures.
 
 The base is loaded once, in 4 bits if the flags say so, and serves all three stages. Members that are there already are
-not trained again. `--reward_config` is a yaml of RewardModelConfig.
+not trained again. `--reward_config` is a yaml of RewardModelConfig. `--resume_from_checkpoint true` goes on wherever a
+run was stopped: in a member, if its configuration has a save_strategy; in PPO-Max, if the flags have one; what has been
+judged is not judged again.
 """
 
 import difflib
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -24,13 +27,13 @@ from typing import Any
 from trl import ModelConfig
 
 from trl_ext import PPOMaxConfig
-from trl_ext.checkpoints import checkpoints_of
+from trl_ext.reward.strength import is_trained, train_ensemble
+from trl_ext.roles.adapters import WEIGHTS_FILE
 from trl_ext.scripts.arguments import PreferenceArguments, check_model_flags
 from trl_ext.scripts.inputs import load_preference_splits
 from trl_ext.scripts.models import config_options, fresh_adapter, fresh_reward_model, load_causal_base, tokenizer_of
 from trl_ext.scripts.parsing import CONFIGS, FlagParser, Given, read_config
 from trl_ext.scripts.running import (
-    TRUE,
     check_output_dir,
     checkpoint_to_resume,
     printer,
@@ -43,6 +46,7 @@ from trl_ext.scripts.tables import last_text, plot_run, print_table
 
 ANSWERED_AT_A_TIME = 32
 EXAMPLES, SHOWN = 5, 3
+JUDGEMENT = "judgement.json"
 
 
 @dataclass
@@ -93,11 +97,6 @@ def member_folders(recipe: PipelineArguments, training: PPOMaxConfig) -> list[Pa
     return [folder / f"member_{k + 1}" for k in range(recipe.members)]
 
 
-def is_trained(folder: Path) -> bool:
-    """Whether a reward adapter is there already."""
-    return (folder / "adapter_model.safetensors").is_file()
-
-
 def reward_arguments(path: str, **own: Any) -> Any:
     """`RewardModelConfig` of a yaml file, with some fields set here.
 
@@ -116,11 +115,14 @@ def reward_arguments(path: str, **own: Any) -> Any:
 
 
 def train_rewards(
-    recipe: PipelineArguments, training: PPOMaxConfig, model_args: ModelConfig, base: Any, data: tuple[Any, ...]
+    recipe: PipelineArguments,
+    training: PPOMaxConfig,
+    model_args: ModelConfig,
+    base: Any,
+    data: tuple[Any, ...],
 ) -> None:
     """Stage 1: the reward adapters that are not there yet. The base is as before afterwards."""
     from trl_ext import RewardModelTrainer
-    from trl_ext.reward.strength import train_ensemble
 
     folders = member_folders(recipe, training)
     if all(map(is_trained, folders)):
@@ -310,19 +312,36 @@ def judge(trainer: Any, encoder: Any, prompts: Sequence[Any], folders: Sequence[
 
 
 def resume_of(recipe: PipelineArguments, training: PPOMaxConfig) -> str | bool | None:
-    """The checkpoint of PPO-Max to go on from; with "true", reward models that are done are enough to go on from.
+    """As `checkpoint_to_resume`; what is there of the reward models is said.
 
     Raises:
-        ValueError: There is neither.
+        ValueError: There is no such folder.
     """
-    wanted = str(training.resume_from_checkpoint or "").lower()
-    if wanted in TRUE and not checkpoints_of(str(training.output_dir)):
-        folders = member_folders(recipe, training)
-        done = sum(map(is_trained, folders))
-        if done or any(map(checkpoints_of, folders)):
-            printer()(f"{done} of {recipe.members} reward models are there, and no checkpoint of PPO-Max yet.")
-            return None
-    return checkpoint_to_resume(training)
+    resume = checkpoint_to_resume(training)
+    if resume is True:
+        done = sum(map(is_trained, member_folders(recipe, training)))
+        printer()(f"{done} of {recipe.members} reward models are there.")
+    return resume
+
+
+def judged_of(recipe: PipelineArguments, training: PPOMaxConfig) -> dict[str, Any]:
+    """What a judgement hangs on: the seed, how many prompts, and digests of the policy and of the judges' adapters."""
+    folders = [Path(str(training.output_dir)), *member_folders(recipe, training)[1:]]
+    digests = [hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest() for folder in folders]
+    names = ("seed", "max_completion_length", "temperature", "top_p")
+    options = {name: getattr(training, name) for name in names} | {"judged_prompts": recipe.judged_prompts}
+    return options | {"dataset": [recipe.dataset_name, recipe.dataset_test_name], "adapters": digests}
+
+
+def judged_before(path: Path, judged: dict[str, Any]) -> dict[str, Any] | None:
+    """The judgement in a file, if it is one of this; None: it must be made."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.get("judged") == judged else None
 
 
 @without_traceback()
@@ -355,9 +374,13 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.push_to_hub()
     if not trainer.is_world_process_zero():
         return
-    print("Both policies answer the test prompts ...", flush=True)
-    judged = prompts[1][: recipe.judged_prompts]["prompt"]
-    report(trainer, judge(trainer, encoder, judged, member_folders(recipe, training)[1:]))
+    judged = judged_of(recipe, training)
+    judgement = judged_before(Path(str(training.output_dir)) / JUDGEMENT, judged) if resume else None
+    if judgement is None:
+        print("Both policies answer the test prompts ...", flush=True)
+        rows = prompts[1][: recipe.judged_prompts]["prompt"]
+        judgement = judge(trainer, encoder, rows, member_folders(recipe, training)[1:]) | {"judged": judged}
+    report(trainer, judgement)
 
 
 def report(trainer: Any, judgement: dict[str, Any]) -> None:
@@ -369,7 +392,7 @@ def report(trainer: Any, judgement: dict[str, Any]) -> None:
         judgement[f"{key}_first"] = sum(entry[key] for entry in history[:tenth]) / tenth
         judgement[f"{key}_last"] = sum(entry[key] for entry in history[-tenth:]) / tenth
     judgement["explained_variance"] = [entry["explained_variance"] for entry in history]
-    write_json(folder / "judgement.json", judgement)
+    write_json(folder / JUDGEMENT, judgement)
     panels = {"reward": {"reward": "reward model"}, "KL": {"kl": "kl"}, "critic": {"explained_variance": "explained"}}
     plot_run(trainer.state.log_history, panels, folder / "training.png")
     shares = " / ".join(f"{judgement[name]:.3f}" for name in ("win", "tie", "loss"))

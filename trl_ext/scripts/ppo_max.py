@@ -34,6 +34,7 @@ from trl_ext.scripts.inputs import first_prompts, load_prompts, load_reward_func
 from trl_ext.scripts.models import config_options, load_policy, quantization_of, tokenizer_of
 from trl_ext.scripts.parsing import CONFIGS, FlagParser, Given, names_a_model
 from trl_ext.scripts.running import (
+    EvaluationAtStart,
     SeededEvaluation,
     first_evaluation,
     printer,
@@ -208,16 +209,14 @@ def main(arguments: list[str] | None = None) -> None:
         inputs = toy_inputs(recipe, training)
     else:
         inputs, plan = real_inputs(recipe, training, model_args, given)
-    # A run that goes on has its first evaluation in the checkpoint's log
-    training.eval_on_start = resume is None and (training.eval_on_start or "eval_on_start" not in given)
+    training.eval_on_start = training.eval_on_start or "eval_on_start" not in given
     trainer = Trainer(args=training, **inputs)
+    trainer.add_callback(EvaluationAtStart())
     shown = {"reward": "reward", "rewards/gold_reward/mean": "gold", "kl": "kl", "beta": "beta"}
     show_progress(trainer, shown | {"explained_variance": "critic"})
     if plan is not None:
         trainer.add_callback(PredictedPeak(trainer, plan))
 
-    if training.eval_on_start:
-        show("Evaluating the policy before training ...", flush=True)
     with trainer.explained_out_of_memory(plan):
         stopped = None
         try:

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from transformers import PrinterCallback, ProgressCallback
-
-from trl_ext.checkpoints import checkpoints_of
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 TRUE = ("true", "1", "yes")
 
@@ -47,13 +45,13 @@ def start_run(training: Any) -> str | bool | None:
     """What comes before anything is loaded: the output folder, the seed, the checkpoint to go on from.
 
     Args:
-        training: `TrainingArguments`; `resume_from_checkpoint` may be "true", for the last one in `output_dir`.
+        training: `TrainingArguments`; `resume_from_checkpoint` may be "true", for the last whole one in `output_dir`.
 
     Returns:
         As `checkpoint_to_resume`.
 
     Raises:
-        ValueError: An output folder that cannot be written, or no such checkpoint.
+        ValueError: An output folder that cannot be written, or no such folder to go on from.
     """
     check_output_dir(training.output_dir)
     set_seed(training.seed)  # fresh adapters come from it, the same on every process
@@ -78,8 +76,10 @@ def check_output_dir(folder: str | Path, flag: str = "--output_dir") -> None:
 def checkpoint_to_resume(training: Any) -> str | bool | None:
     """What `--resume_from_checkpoint` means: a folder, True for the newest whole one, None without the flag.
 
+    With True a run starts anew where there is none: the trainer knows which files a whole one has, and says so.
+
     Raises:
-        ValueError: There is no such checkpoint.
+        ValueError: There is no such folder.
     """
     wanted = training.resume_from_checkpoint
     if not wanted or str(wanted).lower() in ("false", "0", "no"):
@@ -88,12 +88,7 @@ def checkpoint_to_resume(training: Any) -> str | bool | None:
         if not Path(wanted).is_dir():
             raise ValueError(f"--resume_from_checkpoint {wanted}: there is no such folder.")
         return str(wanted)
-    if not checkpoints_of(training.output_dir):
-        raise ValueError(
-            f"--resume_from_checkpoint {wanted}: there is no checkpoint in {training.output_dir} to go on from. Drop "
-            "the flag to start anew."
-        )
-    return True  # the trainer knows which files a whole one has
+    return True
 
 
 class ProgressWithMetrics(ProgressCallback):
@@ -136,11 +131,22 @@ class SeededEvaluation:
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
 
+class EvaluationAtStart(TrainerCallback):
+    """Leaves out the evaluation before training where a run goes on: its checkpoint's log has it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        args.eval_on_start = args.eval_on_start and state.global_step == 0
+        if args.eval_on_start:
+            printer()("Evaluating the policy before training ...", flush=True)
+
+
 def first_evaluation(history: list[dict[str, Any]], key: str) -> dict[str, Any]:
     """The logged evaluation of step 0 that has `key`; empty where there is none."""
     return next((entry for entry in history if key in entry and entry.get("step") == 0), {})
 
 
 def write_json(path: Path, content: Any) -> None:
-    """A result in a file, readable by people too."""
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    """A result in a file, readable by people too; whole, or not there."""
+    aside = path.with_name(f".unfinished-{path.name}")
+    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    aside.replace(path)
