@@ -64,6 +64,7 @@ class RoleTrainer(Trainer):
     loader: RolesLoader
     stop: StopSignals
     guard: RunGuard
+    save_beside: Callable[[Path], None] | None = None  # what else a checkpoint holds; its state is still its last file
     _name: str  # of the method
 
     def add_run_callbacks(self, facts: dict[str, Any], at_border: Callable[[Any], bool] = lambda state: True) -> None:
@@ -132,6 +133,8 @@ class RoleTrainer(Trainer):
         """As `Trainer`'s; of a sharded model the adapters are put together for it, and the base is not."""
         model: Any = self.model
         with explained_writing(output_dir or str(self.args.output_dir)):
+            if _internal_call and output_dir is not None and self.save_beside is not None:
+                self.save_beside(Path(output_dir))
             if not is_sharded(model):
                 super().save_model(output_dir, _internal_call)
                 return

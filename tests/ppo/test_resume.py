@@ -124,7 +124,7 @@ def test_resuming_equals_never_stopping(world, tmp_path, save_steps, options):
 
 
 def test_resuming_right_after_an_update_that_was_shortened_equals_never_stopping(world, tmp_path):
-    options = PASSES | {"max_steps": 8, "save_steps": 4, "learning_rate": 1.0}
+    options = PASSES | {"max_steps": 8, "save_steps": 4, "learning_rate": 100.0}
     resumed = killed_and_resumed(world, tmp_path / "killed", **options)
     never_killed = make(world, tmp_path / "whole", **options)
     never_killed.train()

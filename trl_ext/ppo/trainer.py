@@ -1,7 +1,6 @@
 """PPO-Max on TRL: `RLOOTrainer` with a critic, by two overridden methods (and a model card)."""
 
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -177,6 +176,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
         )
         self.add_callback(state_callback)
         self.add_callback(self.watch)
+        self.save_beside = self.watch.save
         facts = reward_facts(sources.functions) | data_facts("train_dataset", train_dataset)
         if args.ptx_coef > 0:
             facts |= data_facts("ptx_dataset", ptx_dataset)
@@ -288,12 +288,6 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
 
     # ------------------------------------------------------------------ a further override: the card
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; a checkpoint begins with it, and holds the policies that the guard kept."""
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir is not None:
-            self.watch.save(Path(output_dir))
-
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
@@ -356,9 +350,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
         )
         return outputs
 
-    def _policy_loss(
-        self, logps: Tensor, batch: Rollout, mask: Tensor, num_tokens: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _policy_loss(self, logps: Tensor, batch: Rollout, mask: Tensor, num_tokens: Tensor) -> tuple[Tensor, Any]:
         given = (logps, batch.logps, batch.advantages, mask)
         penalty = self.ppo_state.penalty
         if penalty is not None:
