@@ -41,7 +41,7 @@ from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, loa
 from trl_ext.training import RoleTrainer
 
 AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Any]
-PROBE = 4  # the last step of an update is checked on one in so many rows of the rollout
+PROBE, LEAST = 4, 4  # an update is checked on one in so many rows of the rollout, and at least so many
 
 
 class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
@@ -234,7 +234,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
             logged |= self.watch.observe(logged | {"samples": float(samples)}, step)
             logged |= timer.metrics() | logging.memory_metrics(device)
             timer.start_update(rollout.tokens() * self.num_iterations)
-            self._probe = rollout.update_batch(max(len(inputs) // PROBE, 1))
+            self._probe = rollout.update_batch(max(len(inputs) // PROBE, LEAST))
 
         # 3. Samples, and what reward functions report
         cells, reported = logging.take_reports(self._pending_extra_logs, self._pending_metrics, len(inputs))
