@@ -59,7 +59,7 @@ def guard(acts=("raise_beta", "step_back", "stop"), limits: Limits = LIMITS) -> 
     [
         ("entropy_low", {"entropy": 0.49}, {"entropy": 0.51}),
         ("entropy_high", {"entropy": 3.76}, {"entropy": 3.74}),
-        ("repetition", {"completions/distinct_2": 0.57}, {"completions/distinct_2": 0.58}),
+        ("repetition", {"completions/distinct_2": 0.47}, {"completions/distinct_2": 0.49}),
         ("length_short", {"completions/tokens": 23.0}, {"completions/tokens": 25.0}),
         ("length_limit", {"completions/truncated_ratio": 0.96}, {"completions/truncated_ratio": 0.94}),
         ("ended_at_once", {"completions/ended_at_once": 0.26}, {"completions/ended_at_once": 0.24}),

@@ -157,7 +157,7 @@ def watch(seen: dict[str, float], history: Sequence[dict[str, float]], limits: "
 
     compare("entropy_low", "entropy", lambda now, start: now < 0.25 * start, "entropy")
     compare("entropy_high", "entropy", lambda now, start: now > 1.75 * start + 0.25, "entropy")
-    compare("repetition", "completions/distinct_2", lambda now, start: now < 0.72 * start, "distinct-2")
+    compare("repetition", "completions/distinct_2", lambda now, start: now < 0.6 * start, "distinct-2")
     compare("length_short", "completions/tokens", lambda now, start: now < 0.4 * start, "tokens a completion")
     compare("length_limit", "completions/truncated_ratio", lambda now, start: start < 0.5 and now > 0.95, "share cut")
     compare("ended_at_once", "completions/ended_at_once", lambda now, start: now > start + 0.25, "share ended at once")
