@@ -3,6 +3,7 @@
 import copy
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 
 from tests.ppo import tiny
 from trl_ext import Role
+from trl_ext.ppo.callback import PPOStateCallback
 from trl_ext.ppo.state import PPOState
 from trl_ext.ppo.step import FLOOR, StepControl, StepControls, critic_distance, policy_distance
 
@@ -279,6 +281,16 @@ def test_a_step_that_a_scaler_skipped_is_none():
     assert one.control.scale == pytest.approx(math.sqrt(1 / 4))  # half of the steps covered the whole target
 
 
+def test_the_callback_asks_the_optimizer_whether_its_step_was_skipped(tmp_path):
+    state, one = PPOState.of_run(tiny.config(tmp_path)), One()
+    one.control = state.steps[Role.POLICY]
+    callback = PPOStateCallback(state)
+    for skipped, taken in ((True, 0), (False, 1)):
+        one.control.before_step(one.group)
+        callback.on_optimizer_step(None, None, None, optimizer=SimpleNamespace(step_was_skipped=skipped))
+        assert one.control.taken == taken
+
+
 def test_the_schedule_and_a_checkpoint_never_see_the_factor():
     one = One(lr=0.5)
     one.control.scale = 0.25
@@ -332,6 +344,7 @@ class Rates(TrainerCallback):
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         self.seen.append([group["lr"] for group in optimizer.param_groups])
+        assert optimizer.step_was_skipped is False, "what the callback asks, of accelerate's optimizer"
 
 
 @pytest.fixture(scope="module", params=[1.0, 1e-2, 1e-5])

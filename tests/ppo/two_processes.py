@@ -25,6 +25,7 @@ TRAINING = {
     "num_iterations": 2,
     "max_steps": 12,
     "critic_warmup_steps": 6,
+    "kl_control": "adaptive",
     "kl_horizon": 40.0,
     "entropy_coef": 0.01,
     "ptx_coef": 0.1,

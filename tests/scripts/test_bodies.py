@@ -74,6 +74,7 @@ def test_results_are_written_before_anything_is_shown(broken_tables, tmp_path: P
     trainer = SimpleNamespace(
         args=SimpleNamespace(output_dir=str(tmp_path)),
         state=SimpleNamespace(log_history=[{"step": 1, "reward": 1.0, "kl": 0.5, "explained_variance": 0.0}]),
+        watch=SimpleNamespace(outcome=lambda: {"alarms": [], "stopped": None}),
     )
     scores = {name: torch.arange(4.0) for name in ("chosen", "rejected", "chosen_lengths", "rejected_lengths")}
     reports = {
