@@ -281,7 +281,7 @@ def without(folder, *callbacks, **state):
 def test_a_checkpoint_of_an_earlier_version_is_gone_on_from_with_a_warning(world, saved, tmp_path, kind, caplog):
     folder = shutil.copytree(saved[kind], tmp_path / "run")
     shutil.rmtree(folder / "checkpoint-2")
-    without(folder / "checkpoint-1", "RunIdentity")
+    without(folder / "checkpoint-1", "RunIdentity", "EngineCallback", *(["WatchCallback"] if kind == "ppo" else []))
     KINDS[kind](world, folder, **SAVED).train(resume_from_checkpoint=True)
     assert caplog.text.count("could not be checked") == 1
     assert (folder / "checkpoint-2" / ADAPTER).read_bytes() == (saved[kind] / "checkpoint-2" / ADAPTER).read_bytes()

@@ -13,12 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from trl_ext.checkpoints import (
-    STATE_FILE,
-    TRAINING_FILES,
-    checkpoint_to_resume,
-    checkpoints_of,
-)
+from trl_ext.checkpoints import STATE_FILE, TRAINING_FILES, checkpoint_to_resume, checkpoints_of
 from trl_ext.roles.folding import unfold
 from trl_ext.roles.sharding import gather_in_calls
 
@@ -161,8 +156,6 @@ class EngineCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": batch_of(self.args, self.accelerator)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        # A checkpoint of an earlier version does not know this callback, and `Trainer` looks it up when it saves
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         gather_in_calls(model)
         if zero_stage(self.accelerator) > 0:
             for layer in model.modules():

@@ -137,11 +137,6 @@ def is_instance(kind: type, value: Any) -> bool:
     return isinstance(value, kind)
 
 
-def is_same(literal: Any, value: Any) -> bool:
-    """Whether a value is what a `Literal` names; 0 is not False."""
-    return value is literal or (value == literal and type(value) is type(literal))
-
-
 def is_mapping(value: Any) -> bool:
     """A mapping, or a text that is one in JSON, as on a command line."""
     if not isinstance(value, str):

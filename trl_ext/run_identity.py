@@ -186,10 +186,6 @@ class RunIdentity(TrainerCallback, ExportableState):
         """What `Trainer` writes into `trainer_state.json`."""
         return {"args": {}, "attributes": self.identity()}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A checkpoint of an earlier version does not know this callback, and `Trainer` looks it up when it saves
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-
     def difference(self, folder: str | Path) -> str | None:
         """In what a whole checkpoint was written by another run than this one, and what to do; None: in nothing.
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import ExportableState
 
 from trl_ext.checkpoints import checkpoints_of, flush, make_room
 from trl_ext.fields import check_warmup
@@ -209,6 +210,10 @@ class RunGuard(TrainerCallback):
         self.training = self.tracking = True
         check_warmup(args, state.max_steps)
         check_synchronised(self.wrapped(), self.accelerator)
+        # A checkpoint of an earlier version does not know every callback, and `Trainer` looks each up when it saves
+        for callback in self.callbacks:
+            if isinstance(callback, ExportableState):
+                state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if control.should_save or control.should_evaluate:

@@ -4,7 +4,6 @@
 `TRL_EXT_KILLS_SEED` draws others.
 """
 
-import json
 import os
 import random
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.attack.recipes import FLAGS, SAVED, Recipe, results_of
+from tests.scripts.pairs import write_pairs
 from trl_ext.checkpoints import checkpoints_of, what_is_wrong
 from trl_ext.toy import build_world
 
@@ -27,18 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 def pipeline_flags(folder: Path) -> list[str]:
     """A world of conversations, pairs, and the configuration of reward models that save checkpoints."""
     world = build_world(folder / "world", scale=0.02, template="chatml")
-    for split, places in (("train", ("river", "hill")), ("test", ("lake",))):
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": f"one {time} the small {animal} went to the {place} ."}],
-                "chosen": [{"role": "assistant", "content": "she helped a frog . then she went home ."}],
-                "rejected": [{"role": "assistant", "content": "she bit a frog ."}],
-            }
-            for place in places
-            for time in ("morning", "day", "evening", "night")
-            for animal in ("fox", "bear", "crow", "hen")
-        ]
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_pairs(folder)
     (folder / "reward.yaml").write_text(
         "use_cpu: true\ngradient_checkpointing: false\nreport_to: none\nsave_strategy: steps\nsave_steps: 1\n"
         "max_steps: 4\nper_device_train_batch_size: 4\nlearning_rate: 1.0e-2\ndisable_tqdm: true\n"

@@ -28,7 +28,7 @@ from trl_ext.roles import Role
 HEALTHY = {
     "entropy": 2.0,
     "completions/distinct_2": 0.8,
-    "completions/tokens": 60.0,
+    "tokens": 60.0,
     "completions/truncated_ratio": 0.2,
     "completions/ended_at_once": 0.0,
     "reward": 0.2,
@@ -60,7 +60,7 @@ def guard(acts=("raise_beta", "step_back", "stop"), limits: Limits = LIMITS) -> 
         ("entropy_low", {"entropy": 0.49}, {"entropy": 0.51}),
         ("entropy_high", {"entropy": 3.76}, {"entropy": 3.74}),
         ("repetition", {"completions/distinct_2": 0.47}, {"completions/distinct_2": 0.49}),
-        ("length_short", {"completions/tokens": 23.0}, {"completions/tokens": 25.0}),
+        ("length_short", {"tokens": 23.0}, {"tokens": 25.0}),
         ("length_limit", {"completions/truncated_ratio": 0.96}, {"completions/truncated_ratio": 0.94}),
         ("ended_at_once", {"completions/ended_at_once": 0.26}, {"completions/ended_at_once": 0.24}),
         ("kl_high", {"kl": 10.6}, {"kl": 10.4}),
@@ -189,8 +189,8 @@ def test_figures_of_completions_by_hand() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
     rollout = SimpleNamespace(completion_mask=mask, completion_ids=mask, completions=["a b a b", ""])
     figures = completion_figures(rollout, lambda x: 2 * x)  # two processes with the same rows
-    expected = {"distinct_2": 2 / 3, "ended_at_once": 0.5, "tokens": 2.5}
-    assert figures == pytest.approx({f"completions/{name}": value for name, value in expected.items()})
+    expected = {"completions/distinct_2": 2 / 3, "completions/ended_at_once": 0.5, "tokens": 2.5, "samples": 4.0}
+    assert figures == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------- in a run
@@ -273,11 +273,13 @@ def test_a_step_back_restores_policy_critic_and_optimizer_and_resumes_bit_equal(
     assert kept.pop("step") == 6
     at_border = policy_of(tmp_path / "whole" / "checkpoint-6")
     assert equal(at_border, kept)
-    assert whole.watch.paces == 0.5
+    assert whole.watch.pace == 0.5
     for step in (4, 6):
         resumed = run(world, tmp_path / f"from-{step}", **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-        assert resumed.watch.paces == 0.5
+        assert resumed.watch.pace == 0.5
+        resumed.watch.on_train_begin(resumed.args, resumed.state, resumed.control)  # as in a second train()
+        assert resumed.ppo_state.steps[Role.POLICY].target == 0.5 * resumed.args.update_kl_target
         for role in (Role.POLICY, Role.CRITIC):
             assert equal(snapshot(whole, role), snapshot(resumed, role))
 

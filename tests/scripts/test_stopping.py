@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ppo.tiny import environment
+from tests.scripts.pairs import write_pairs
 from trl_ext.toy import build_world
 
 pytestmark = pytest.mark.slow
@@ -64,9 +65,7 @@ def test_a_recipe_stops_and_goes_on(repo_root: Path, tmp_path: Path, recipe: str
 
 def test_the_pipeline_goes_on_with_the_member_that_it_was_in(repo_root: Path, tmp_path: Path) -> None:
     world, folder = build_world(tmp_path / "world", scale=0.02, template="chatml"), tmp_path / "out"
-    for split in ("train", "test"):
-        rows = world_pairs(split)
-        rows.to_json(tmp_path / f"{split}.jsonl")
+    write_pairs(tmp_path)
     (tmp_path / "reward.yaml").write_text(
         "use_cpu: true\ngradient_checkpointing: false\nreport_to: none\nsave_strategy: steps\nsave_steps: 1\n"
         "max_steps: 20\nbf16: false\nper_device_train_batch_size: 4\nlearning_rate: 1.0e-3\ndisable_tqdm: true\n"
@@ -84,21 +83,3 @@ def test_the_pipeline_goes_on_with_the_member_that_it_was_in(repo_root: Path, tm
     _, err = again.communicate(timeout=280)
     assert again.returncode == 0, err[-3000:]
     assert (folder / "judgement.json").is_file()
-
-
-def world_pairs(split: str):
-    from datasets import Dataset
-
-    places = ("river", "hill") if split == "train" else ("lake",)
-    return Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": f"one {time} the small {animal} went to the {place} ."}],
-                "chosen": [{"role": "assistant", "content": "she helped a frog . then she went home ."}],
-                "rejected": [{"role": "assistant", "content": "she bit a frog ."}],
-            }
-            for place in places
-            for time in ("morning", "day", "evening", "night")
-            for animal in ("fox", "bear", "crow", "hen")
-        ]
-    )

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.scripts.pairs import write_pairs
 from trl_ext.toy import build_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,18 +85,7 @@ def world(tmp_path_factory: pytest.TempPathFactory):
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.jsonl and test.jsonl, conversations."""
     folder = tmp_path_factory.mktemp("pairs")
-    for split, places in (("train", ("river", "hill")), ("test", ("lake",))):
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": f"one {time} the small {animal} went to the {place} ."}],
-                "chosen": [{"role": "assistant", "content": "she helped a frog . then she went home ."}],
-                "rejected": [{"role": "assistant", "content": "she bit a frog ."}],
-            }
-            for place in places
-            for time in ("morning", "day", "evening", "night")
-            for animal in ("fox", "bear", "crow", "hen")
-        ]
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_pairs(folder)
     return folder
 
 

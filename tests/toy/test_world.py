@@ -135,6 +135,7 @@ def stages(root):
     return sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
 
 
+@pytest.mark.slow
 def test_in_a_run_of_several_processes_one_builds_the_same_world_and_the_others_load_it(
     world, tmp_path, monkeypatch, no_training
 ):
@@ -150,6 +151,7 @@ def test_in_a_run_of_several_processes_one_builds_the_same_world_and_the_others_
     assert (found.base / "config.json").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_a_build_that_fails_beside_several_processes_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "file").write_text("")

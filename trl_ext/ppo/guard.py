@@ -28,7 +28,7 @@ AT_ONCE = 2  # tokens of a completion that ended at once
 KEPT = (  # of a rollout batch's figures, beside each reward's own
     "entropy",
     "completions/distinct_2",
-    "completions/tokens",
+    "tokens",
     "completions/truncated_ratio",
     "completions/ended_at_once",
     "reward_uncertainty",
@@ -45,7 +45,7 @@ def completion_figures(rollout: Rollout, reduce: Reduce) -> dict[str, float]:
 
         distinct-2 = different pairs of neighbouring words / all of them, in the rollout batch of a process
 
-    where a text without spaces counts by tokens.
+    where a text without spaces counts by tokens; share that ended at once, mean of the tokens, number of completions.
 
     Source: Li et al. 2016, arXiv 1510.03055, section 5.
 
@@ -61,7 +61,8 @@ def completion_figures(rollout: Rollout, reduce: Reduce) -> dict[str, float]:
     return {
         "completions/distinct_2": distinct / processes,
         "completions/ended_at_once": at_once / rows,
-        "completions/tokens": tokens / rows,
+        "tokens": tokens / rows,
+        "samples": rows,
     }
 
 
@@ -158,7 +159,7 @@ def watch(seen: dict[str, float], history: Sequence[dict[str, float]], limits: "
     compare("entropy_low", "entropy", lambda now, start: now < 0.25 * start, "entropy")
     compare("entropy_high", "entropy", lambda now, start: now > 1.75 * start + 0.25, "entropy")
     compare("repetition", "completions/distinct_2", lambda now, start: now < 0.6 * start, "distinct-2")
-    compare("length_short", "completions/tokens", lambda now, start: now < 0.4 * start, "tokens a completion")
+    compare("length_short", "tokens", lambda now, start: now < 0.4 * start, "tokens a completion")
     compare("length_limit", "completions/truncated_ratio", lambda now, start: start < 0.5 and now > 0.95, "share cut")
     compare("ended_at_once", "completions/ended_at_once", lambda now, start: now > start + 0.25, "share ended at once")
     compare("uncertainty_high", "reward_uncertainty", lambda now, start: now > 2.5 * start, "disagreement")
@@ -250,7 +251,6 @@ class GuardState:
     level: int = 0
     waited: int = 0
     quiet: int = 0
-    rollouts: int = 0
     raised: list[dict[str, Any]] = field(default_factory=list)
     stopped: str | None = None
 
@@ -275,7 +275,7 @@ class PolicyGuard:
         """Look at one rollout batch.
 
         Args:
-            figures: Its logged metrics, and "samples", the sequences in it.
+            figures: Its logged metrics, and what `completion_figures` says of it.
             step: Optimizer steps so far.
 
         Returns:
@@ -301,7 +301,6 @@ class PolicyGuard:
         state.history.append(kept | {"jumped": float("reward_jump" in faults)})
         if len(state.history) > 3 * START:  # the first ones, and enough of the last
             del state.history[START]
-        state.rollouts += 1
 
     def _decide(self, on: list[Fault]) -> str | None:
         state = self.state

@@ -228,10 +228,11 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
         logged |= logging.reward_metrics(self.reward_func_names, rollout.per_function, rollout.role_scores)
         logged["beta"] = beta
         if training:
-            logged |= completion_figures(rollout, self._sum)
+            figures = completion_figures(rollout, self._sum)
+            logged |= {name: value for name, value in figures.items() if name.startswith("completions/")}
             samples, threshold = len(inputs) * self.accelerator.num_processes, args.critic_warmup_explained_variance
             state.record_rollout(logged.get("kl"), logged["explained_variance"], step, samples, threshold)
-            logged |= self.watch.observe(logged | {"samples": float(samples)}, step)
+            logged |= self.watch.observe(logged | figures, step)
             logged |= timer.metrics() | logging.memory_metrics(device)
             timer.start_update(rollout.tokens() * self.num_iterations)
             self._probe = rollout.update_batch(max(len(inputs) // PROBE, LEAST))

@@ -51,20 +51,20 @@ class WatchCallback(TrainerCallback, ExportableState):
         self.guard = PolicyGuard(acts, limits, _alert(args)) if args.guard else None
         self.snapshots = {"good": Snapshot(), "best": Snapshot()} if whole else {}
         self.going_back = False
-        self.paces = 1.0
+        self.pace = 1.0  # factor on the size of an update of the policy
         self.stats: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
         """What `Trainer` writes into `trainer_state.json`."""
         taken = [name for name, snapshot in self.snapshots.items() if snapshot.info]
-        own = {"snapshots": taken, "pace": self.paces, "stats": self.stats}
+        own = {"snapshots": taken, "pace": self.pace, "stats": self.stats}
         return {"args": {}, "attributes": own | ({"guard": self.guard.state_dict()} if self.guard else {})}
 
     def observe(self, figures: dict[str, float], step: int) -> dict[str, float]:
         """Look at a rollout batch, before its update.
 
         Args:
-            figures: Its logged metrics and "samples"; those of the last update's steps are added.
+            figures: Its logged metrics and `completion_figures`; those of the last update's steps are added.
             step: Optimizer steps so far.
 
         Returns:
@@ -76,7 +76,7 @@ class WatchCallback(TrainerCallback, ExportableState):
         if act == "raise_beta":
             self.ppo_state.kl.coef *= FACTOR
         self.going_back |= act == "step_back"
-        due = (self.guard.state.rollouts - 1) % SNAPSHOT_EVERY == 0
+        due = (self.ppo_state.rollouts - 1) % SNAPSHOT_EVERY == 0  # the first batch, and every third from there
         if self.snapshots and self.guard.sound and due:
             self.snapshots["good"].take(self.optimizer(), step=step, kl=figures.get("kl", 0.0))
         return metrics
@@ -93,7 +93,7 @@ class WatchCallback(TrainerCallback, ExportableState):
         if self.guard is not None and "guard" in attributes:
             self.guard.load_state_dict(attributes["guard"])
         self.stats = attributes["stats"]
-        self._slow_down(attributes["pace"])
+        self._set_pace(attributes["pace"])
         for name in attributes["snapshots"] if self.snapshots else ():
             self.snapshots[name].load(Path(str(self.checkpoint())) / FOLDER / f"{name}.safetensors")
 
@@ -103,16 +103,16 @@ class WatchCallback(TrainerCallback, ExportableState):
         if self.going_back and self.snapshots["good"].info:
             good = self.snapshots["good"]
             good.restore(self.optimizer())
-            self._slow_down(1 / FACTOR)
+            self._set_pace(self.pace / FACTOR)
             LOGGER.warning("guard, step %d: the policy of step %d is back", state.global_step, int(good.info["step"]))
         self.going_back = False
         if self.guard is not None and self.guard.state.stopped is not None:
             control.should_training_stop = True
 
-    def _slow_down(self, factor: float) -> None:
-        self.paces *= factor
+    def _set_pace(self, pace: float) -> None:
+        self.pace = pace
         if Role.POLICY in self.ppo_state.steps:
-            self.ppo_state.steps[Role.POLICY].target *= factor
+            self.ppo_state.steps[Role.POLICY].target = self.args.update_kl_target * pace
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
