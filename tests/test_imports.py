@@ -30,7 +30,7 @@ ALLOWED = {
     "training": {"checkpoints", "engines", "roles", "run_identity", "runs", "signals"},
     "roles": {"ops"},
     "text": set(),
-    "generation": {"ops", "roles", "text"},
+    "generation": {"ops", "roles", "text", "fields"},
     "sources": {"text"},
     "scoring": {"ops", "roles", "text", "sources"},
     "report": {"ops", "roles", "text", "generation", "scoring"},

@@ -52,6 +52,11 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "use_transformers_paged",
         "transformers_continuous_batching_config",
         "ds3_gather_for_generation",
+        "vllm_server_url",
+        "vllm_adapter_dir",
+        "vllm_timeout",
+        "vllm_wait",
+        "vllm_max_logp_difference",
     ),
     # Another card may need them; results differ by rounding. Of `model_init_kwargs` the base is compared, and its bits
     "precision and machine": (

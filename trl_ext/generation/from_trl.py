@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from trl_ext.generation.vllm import VLLMGeneration
 from trl_ext.roles import SharedBaseModel
 from trl_ext.text import Prompt
 
@@ -12,7 +13,11 @@ Completions: TypeAlias = tuple[list[list[int]], list[list[int]], list[Any]]
 
 
 def complete(
-    generate: Callable[[list[Prompt]], Completions], model: SharedBaseModel, args: Any, prompts: list[Prompt]
+    generate: Callable[[list[Prompt]], Completions],
+    model: SharedBaseModel,
+    args: Any,
+    prompts: list[Prompt],
+    engine: VLLMGeneration | None = None,
 ) -> Completions:
     """Complete each prompt by the role that is active, the policy unless switched.
 
@@ -26,6 +31,7 @@ def complete(
         model: In the mode that TRL's logs go by, training or evaluation.
         args: The trainer's `RLOOConfig`, with `per_device_generate_batch_size`.
         prompts: As in the dataset's column `prompt`.
+        engine: What `generate` samples through, where that is not the model.
     """
     training, precision = model.training, (args.bf16, args.fp16)
     try:
@@ -36,6 +42,8 @@ def complete(
     finally:
         args.bf16, args.fp16 = precision
         model.train(training)
+    if engine is not None:
+        empty = engine.empty
     return prompt_ids, [[] if i in empty else ids for i, ids in enumerate(completion_ids)], completions
 
 

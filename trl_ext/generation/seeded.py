@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
+from trl_ext.generation.vllm import VLLMEngine
+from trl_ext.generation.vllm_server import SamplingParameters
 from trl_ext.roles import Role, SharedBaseModel
 from trl_ext.text import pad_ids, until_end
 
@@ -91,6 +93,7 @@ def generate_responses(
     top_p: float = 1.0,
     diversity_penalty: float = 0.0,
     role: Role = Role.POLICY,
+    engine: VLLMEngine | None = None,
 ) -> list[list[list[int]]]:
     """`count` responses to each prompt, each up to and with its first end token.
 
@@ -99,7 +102,23 @@ def generate_responses(
         prompts: Token ids, any lengths.
         generators: One for each prompt, on the CPU; each gives `count * max_new_tokens` numbers, none for "beam".
         method: "beam": the `count` best of as many beams. Any other: tokens drawn by `SeededChoice`.
+        engine: A vLLM server that samples in place of the model, with numbers of its own from one that each generator
+            gives. Every process must call.
+
+    Raises:
+        ValueError: Beams or a diversity penalty, which no server is asked for.
     """
+    if engine is not None:
+        if method == "beam" or diversity_penalty > 0:
+            raise ValueError(
+                f"method={method!r} with diversity_penalty={diversity_penalty:g} cannot be sampled through "
+                "vllm_server_url: leave that out, or use temperature and nucleus."
+            )
+        seeds = [int(torch.randint(2**62, (), generator=generator)) for generator in generators]
+        parameters = SamplingParameters(max_new_tokens, tuple(eos_token_ids), temperature, top_p)
+        engine.sync(role)
+        found = engine.sample(prompts, seeds, parameters, count, role)
+        return [[completion.ids for completion in group] for group in found]
     device, was_training = model.input_device, model.training
     beam = method == "beam"
     config = GenerationConfig(

@@ -14,10 +14,11 @@ from transformers.training_args import OptimizerNames
 from trl import RLOOConfig
 
 from trl_ext.fields import above, at_least, at_most, between, check_fields, check_schedule, number, one_of, whole
+from trl_ext.generation.vllm_options import VLLMRolloutOptions
 from trl_ext.ops.ensemble import ENSEMBLE_MODES
 from trl_ext.ops.kl import KL_ESTIMATORS
 from trl_ext.ops.packing import SCORED_PER_TRAINED
-from trl_ext.ppo.refusals import check_continuous_batching, check_generation_kwargs, check_inherited_options
+from trl_ext.ppo.refusals import check_options
 from trl_ext.ppo.rewards import BASELINES, SCORE_MODES
 from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
@@ -36,7 +37,7 @@ DEFAULT_OPTIM: Any = RLOOConfig.__dataclass_fields__["optim"].default
 
 
 @dataclass
-class PPOMaxConfig(RLOOConfig):
+class PPOMaxConfig(VLLMRolloutOptions, RLOOConfig):
     r"""
     Configuration of [`PPOMaxTrainer`]. The defaults are PPO-Max; every trick is a field that works alone.
 
@@ -271,9 +272,7 @@ class PPOMaxConfig(RLOOConfig):
             self.keep_best_policy = evaluated and not self.load_best_model_at_end
         self._check_guard(evaluated)
         self._check_what_goes_together()
-        check_inherited_options(self)
-        check_generation_kwargs(self)
-        check_continuous_batching(self)
+        check_options(self)
 
     @property
     def scored_at_a_time(self) -> int:

@@ -118,6 +118,19 @@ def check_lengths(
         )
 
 
+def longest_request(args: Any, encoder: TextEncoder, *datasets: Any) -> int | None:
+    """Tokens of the longest prompt and a whole completion; None where no dataset can be measured.
+
+    Args:
+        args: `PPOMaxConfig`.
+        encoder: Counts the tokens of every prompt.
+        datasets: The trainer's.
+    """
+    parts = [part for dataset in datasets for _, part in _parts(dataset, "") if isinstance(part, Dataset)]
+    lengths = [max(prompt_lengths(part, encoder, None)) for part in parts]
+    return max(lengths) + args.max_completion_length if lengths else None
+
+
 _MEASURED: dict[tuple[Any, ...], list[int]] = {}  # of this process, so that a recipe and its trainer measure once
 
 

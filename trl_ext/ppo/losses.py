@@ -24,11 +24,12 @@ def policy_loss(
     clip_high: float,
     *,
     num_tokens: Tensor | float | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate, as a loss.
 
         r = exp(logps - old_logps)
-        loss = sum max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) / num_tokens
+        loss = sum w max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) / num_tokens
 
     Source: Schulman et al. 2017, arXiv 1707.06347, equation 7.
 
@@ -40,6 +41,7 @@ def policy_loss(
         clip_low: how far below 1 the ratio may pull, in [0, 1].
         clip_high: how far above 1 the ratio may pull, at least 0.
         num_tokens: what the sum is divided by; the number of tokens in `mask` by default.
+        weights: what each token's term counts, (B, T): importance weights where an engine sampled. Default: 1.
 
     Returns:
         (loss, stats), loss a scalar, 0 where the mask is empty. stats: `ratio_mean`, `ratio_max`, `clip_fraction`
@@ -56,7 +58,7 @@ def policy_loss(
     ratio = torch.exp(logps - old_logps)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = _token_mean(torch.maximum(unclipped, clipped), mask, num_tokens)
+    loss = _token_mean(_weighted(torch.maximum(unclipped, clipped), weights), mask, num_tokens)
     clip_fraction = masked_mean((clipped > unclipped).to(ratio.dtype), mask)
     return loss, _ratio_stats(ratio, kl_estimate(old_logps, logps, "k3"), mask) | {"clip_fraction": clip_fraction}
 
@@ -69,11 +71,12 @@ def kl_penalty_loss(
     coef: float,
     *,
     num_tokens: Tensor | float | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's penalised surrogate, as a loss: the KL to the policy that sampled takes the place of the clip.
 
         r = exp(logps - old_logps)
-        loss = sum (-A r + coef (r - 1 - log r)) / num_tokens
+        loss = sum w (-A r + coef (r - 1 - log r)) / num_tokens
 
     r - 1 - log r estimates KL(old, new) without bias and is never negative (k3). `ops.kl.PenaltyKL` moves the
     coefficient after every update.
@@ -87,6 +90,7 @@ def kl_penalty_loss(
         mask: 1 on response tokens, (B, T).
         coef: weight of the KL, not negative.
         num_tokens: what the sum is divided by; the number of tokens in `mask` by default.
+        weights: what each token's term counts, (B, T): importance weights where an engine sampled. Default: 1.
 
     Returns:
         (loss, stats), loss a scalar, 0 where the mask is empty. stats: `ratio_mean`, `ratio_max` and `approx_kl` as
@@ -101,7 +105,8 @@ def kl_penalty_loss(
     mask = mask.bool()
     logps, old_logps, advantages = _masked(mask, logps, old_logps, advantages)
     ratio, kl = torch.exp(logps - old_logps), kl_estimate(old_logps, logps, "k3")
-    return _token_mean(coef * kl - advantages * ratio, mask, num_tokens), _ratio_stats(ratio, kl, mask)
+    loss = _token_mean(_weighted(coef * kl - advantages * ratio, weights), mask, num_tokens)
+    return loss, _ratio_stats(ratio, kl, mask)
 
 
 def value_loss(
@@ -190,6 +195,14 @@ def explained_variance(
 def _masked(mask: Tensor, logps: Tensor, *constants: Tensor) -> list[Tensor]:
     """0 outside the mask, before exp: an infinite ratio there would turn the gradient of the whole row into NaN."""
     return [torch.where(mask, logps, 0), *(torch.where(mask, x, 0).detach() for x in constants)]
+
+
+def _weighted(terms: Tensor, weights: Tensor | None) -> Tensor:
+    """The terms of a loss, (B, T), times what each counts."""
+    if weights is None:
+        return terms
+    check_same_shape(weights=weights, terms=terms)
+    return terms * weights.detach()
 
 
 @torch.no_grad()

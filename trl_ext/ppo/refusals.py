@@ -1,8 +1,11 @@
 """What PPO-Max cannot honour of the options that it inherits from TRL and transformers: refused by name."""
 
+from dataclasses import fields
 from typing import Any
 
 from transformers import GenerationConfig
+
+from trl_ext.generation.vllm_options import CORRECTION, check_vllm_options
 
 # Of `generation_kwargs`: what has a field of its own, or comes from elsewhere
 HAVE_THEIR_PLACE = {
@@ -21,8 +24,35 @@ HAVE_THEIR_PLACE = {
     "disable_compile": "nothing: TRL sets it",
     "return_dict_in_generate": "nothing: token ids are all that is read",
 }
+# Options of TRL that only `use_vllm` reads
+VLLM_OF_TRL = (
+    "vllm_mode",
+    "vllm_model_impl",
+    "vllm_enable_sleep_mode",
+    "vllm_structured_outputs_regex",
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_group_port",
+    "vllm_gpu_memory_utilization",
+    "vllm_max_model_length",
+    "vllm_tensor_parallel_size",
+)
 # What transformers' continuous batching applies
 CONTINUOUS_BATCHING_KWARGS = {"do_sample"}
+
+
+def check_options(args: Any) -> None:
+    """Check everything that is refused here.
+
+    Raises:
+        ValueError: The first of it, by name and value, and what to do.
+    """
+    check_inherited_options(args)
+    check_generation_kwargs(args)
+    check_continuous_batching(args)
+    check_vllm_server(args)
 
 
 def check_inherited_options(args: Any) -> None:
@@ -33,7 +63,8 @@ def check_inherited_options(args: Any) -> None:
         "sync_ref_model": "the reference is the frozen starting policy; set it to False",
         "use_vllm": "TRL gives vLLM the policy by merging its adapter into the base that all roles share, and "
         "unmerging rounds, or quantises a 4-bit base anew: the reference would move at each sync. It would also "
-        "send the critic's head, and 4-bit weights as they are packed, which no vLLM model has. Use transformers' "
+        "send the critic's head, and 4-bit weights as they are packed, which no vLLM model has. Start a server "
+        "with recipes/vllm_serve.py and set vllm_server_url, which sends it the adapter alone; or use transformers' "
         "generate (the default) or use_transformers_continuous_batching=True",
         "router_aux_loss_coef": "the auxiliary loss of experts is not supported; set it to 0",
         "use_liger_kernel": "it replaces the forward passes of the roles; set it to False",
@@ -48,6 +79,32 @@ def check_inherited_options(args: Any) -> None:
             "gradient_checkpointing_kwargs={'use_reentrant': True} would recompute under the wrong role: set it "
             "to False or leave it out."
         )
+
+
+def check_vllm_server(args: Any) -> None:
+    """What a vLLM server would be sent by nobody; and options of TRL's own way to vLLM, which is refused."""
+    check_vllm_options(args, CORRECTION)
+    defaults = {f.name: f.default for f in fields(args)}
+    for name in VLLM_OF_TRL:
+        if getattr(args, name, defaults.get(name)) != defaults.get(name):
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} is one of use_vllm, which has no place in PPO-Max: leave it out, and "
+                "see vllm_server_url and recipes/vllm_serve.py."
+            )
+    if args.vllm_server_url is None:
+        return
+    left_out: dict[str, tuple[Any, str]] = {
+        "use_transformers_continuous_batching": (args.use_transformers_continuous_batching or None, "set it to False"),
+        "per_device_generate_batch_size": (
+            args.per_device_generate_batch_size,
+            "the server batches by itself (--max-num-seqs)",
+        ),
+        "cache_implementation": (args.cache_implementation, "leave it out; the server has a cache of its own"),
+        "generation_kwargs": (args.generation_kwargs or None, "leave it out; what has a field is sent"),
+    }
+    for name, (value, remedy) in left_out.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} does not go with vllm_server_url: {remedy}.")
 
 
 def check_generation_kwargs(args: Any) -> None:

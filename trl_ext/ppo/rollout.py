@@ -35,6 +35,7 @@ UPDATE_FIELDS = (
     "advantages",
     "returns",
 )
+WHERE_SAMPLED = ("importance",)  # and this, where an engine sampled
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Rollout:
     advantages: Tensor = NOT_YET  # (B, T)
     returns: Tensor = NOT_YET  # (B, T)
     baseline_is_critic: bool = True  # of the advantages; else it is the mean return of the batch
+    sampler_logps: Tensor | None = None  # (B, T) under the engine that sampled; None where the model did itself
+    importance: Tensor | None = None  # (B, T) what each token counts in the policy's loss; None: 1
     prompts: Any = NOT_YET  # list of B texts or conversations
     completions: Any = NOT_YET  # list of B texts or lists of one message
 
@@ -96,11 +99,13 @@ class Rollout:
     def from_update_batch(cls, batch: Mapping[str, Any]) -> "Rollout":
         """The rows of a micro-batch."""
         fields: dict[str, Any] = {name: batch[name] for name in UPDATE_FIELDS}
+        fields |= {name: batch[name] for name in WHERE_SAMPLED if name in batch}
         return cls(**fields)
 
     def update_batch(self, count: int | None = None) -> dict[str, Tensor]:
         """What the update needs, of the first `count` rows or of all."""
-        return {name: getattr(self, name)[:count] for name in UPDATE_FIELDS}
+        names = [*UPDATE_FIELDS, *(name for name in WHERE_SAMPLED if getattr(self, name) is not None)]
+        return {name: getattr(self, name)[:count] for name in names}
 
     def tokens(self) -> int:
         """Number of tokens of prompts and completions."""

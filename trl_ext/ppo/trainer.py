@@ -11,11 +11,11 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import RLOOTrainer
 
 from trl_ext.engines import check_engine, is_fsdp, zero_stage
-from trl_ext.generation.from_trl import Completions, complete
 from trl_ext.ppo import logging
 from trl_ext.ppo.callback import PPOStateCallback
+from trl_ext.ppo.completing import CompletesPrompts
 from trl_ext.ppo.config import PPOMaxConfig
-from trl_ext.ppo.data import PTXBatches, check_inputs, ptx_batches
+from trl_ext.ppo.data import PTXBatches, check_inputs, longest_request, ptx_batches
 from trl_ext.ppo.guard import completion_figures
 from trl_ext.ppo.losses import kl_penalty_loss, policy_loss, value_loss
 from trl_ext.ppo.rollout import Rollout, collect
@@ -44,7 +44,7 @@ AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatase
 PROBE, LEAST = 4, 4  # an update is checked on one in so many rows of the rollout, and at least so many
 
 
-class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
+class PPOMaxTrainer(RoleTrainer, SeveralSets, CompletesPrompts, RLOOTrainer):
     """Proximal policy optimisation with the stability tricks of PPO-Max, on TRL's online loop.
 
     Source: Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO" (arXiv 2307.04964); Schulman et
@@ -149,6 +149,8 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
             )
         check_engine(self.accelerator, model, args.optim)
         args.warn_about_off_policy_sampling()
+        if args.vllm_server_url is not None:
+            self.use_server(self.encoder, longest_request(args, self.encoder, train_dataset, eval_dataset))
 
         # 4. What PPO adds
         engine = zero_stage(self.accelerator) > 0 or is_fsdp(self.accelerator)
@@ -226,6 +228,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
         # 2. Metrics; the KL coefficient and the warm-up react to them
         logged = logging.rollout_metrics(rollout, self._sum)
         logged |= logging.reward_metrics(self.reward_func_names, rollout.per_function, rollout.role_scores)
+        logged |= self.compare_with_sampler(rollout)
         logged["beta"] = beta
         if training:
             figures = completion_figures(rollout, self._sum)
@@ -298,22 +301,6 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
 
     # ------------------------------------------------------------------ beside the loop
 
-    def complete(self, prompts: list[Any]) -> Completions:
-        """Complete prompts by the role that is active, as a rollout would, and leave logs and model as they were.
-
-        Returns:
-            Prompts and completions in token ids, unpadded, and completions as texts or messages.
-        """
-        training, metrics = self.model.training, self._metrics["eval"]
-        kept = {name: list(values) for name, values in metrics.items()}
-        self.model.eval()
-        try:
-            return self._complete(list(prompts))
-        finally:
-            self.model.train(training)
-            metrics.clear()
-            metrics.update(kept)
-
     def explained_out_of_memory(self, plan: Any = None) -> AbstractContextManager[None]:
         """`with trainer.explained_out_of_memory(): trainer.train()`: the error says which option to lower.
 
@@ -353,11 +340,12 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
 
     def _policy_loss(self, logps: Tensor, batch: Rollout, mask: Tensor, num_tokens: Tensor) -> tuple[Tensor, Any]:
         given = (logps, batch.logps, batch.advantages, mask)
+        options: Any = {"num_tokens": num_tokens, "weights": batch.importance}
         penalty = self.ppo_state.penalty
         if penalty is not None:
-            loss, stats = kl_penalty_loss(*given, penalty.coef, num_tokens=num_tokens)
+            loss, stats = kl_penalty_loss(*given, penalty.coef, **options)
             return loss, stats | {"kl_penalty_coef": loss.new_tensor(penalty.coef)}
-        loss, stats = policy_loss(*given, self.epsilon_low, self.epsilon_high, num_tokens=num_tokens)
+        loss, stats = policy_loss(*given, self.epsilon_low, self.epsilon_high, **options)
         return loss, {"clip_fraction/policy": stats.pop("clip_fraction"), **stats}
 
     @torch.no_grad()
@@ -398,10 +386,6 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, RLOOTrainer):
         gathered = self._calculate_rewards(inputs, prompts, completions, completion_ids)
         start = self.accelerator.process_index * len(prompts)
         return gathered[start : start + len(prompts)]
-
-    def _complete(self, prompts: list[Any]) -> Completions:
-        self.guard.start_tracking(self.args, self.state, self.control, model=self.model)  # TRL logs how long it takes
-        return complete(self._generate, self.model, self.args, prompts)
 
     def _restart(self, micro_batches: int) -> None:  # with a fresh rollout, so many micro-batches into the run
         self._step, self._buffered_inputs = micro_batches, None

@@ -10,6 +10,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from trl_ext.generation.seeded import generate_responses, prompt_generator
+from trl_ext.generation.vllm import VLLMEngine
 from trl_ext.ops.packing import pack
 from trl_ext.roles import Role, SharedBaseModel
 from trl_ext.text import TextEncoder, end_token_ids
@@ -54,6 +55,7 @@ def evaluate_policy(
     gold: Any = None,
     best_of: int = 1,
     batch_size: int = 64,
+    engine: VLLMEngine | None = None,
 ) -> tuple[dict[str, float], list[str]]:
     """One response to each prompt, at temperature 1, and what can be said of them.
 
@@ -67,6 +69,7 @@ def evaluate_policy(
             log n - (n - 1) / n, the bound that holds where no two rewards are equal (Beirami et al. 2024, arXiv
             2401.01879).
         seed: Each prompt has its own numbers: two policies differ by themselves alone.
+        engine: A vLLM server that samples in place of the model.
 
     Returns:
         Metrics by the keys of `LABELS`, and the responses' texts.
@@ -89,6 +92,7 @@ def evaluate_policy(
             max_new_tokens,
             eos_token_ids=encoder.end_ids,
             pad_token_id=encoder.pad_id,
+            engine=engine,
         )
         flat = [(row, ids) for row, group in zip(part, groups, strict=True) for ids in group]
         scores = scorer(flat)

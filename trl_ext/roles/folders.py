@@ -1,5 +1,6 @@
 """Roles on disk and on the Hub: every adapter a standard PEFT folder."""
 
+import copy
 import hashlib
 import json
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import HfApi
 from peft import get_peft_model_state_dict
 from torch import Tensor
@@ -45,6 +47,30 @@ def adapter_weights(model: SwitchedModel, name: str, state_dict: dict[str, Tenso
         head = model.heads[name].weight.detach() if state_dict is None else state_dict[key].detach()
     config: Any = model.peft_config[name]
     return AdapterWeights(config, weights, head, model.reward_scales.get(name), model.base_record)
+
+
+def plain_adapter(model: SwitchedModel, name: str) -> AdapterWeights:
+    """An adapter of the model as it is now, with one rank for all layers and a scaling of 1: what every reader reads.
+
+    The scaling of each layer is multiplied into its B, and a lower rank is filled up with zeros, so `rank_pattern`,
+    `alpha_pattern` and `use_rslora`, which some readers ignore without a word, have nothing left to say. The weights
+    are copies on the CPU. Of a sharded model every process must ask.
+    """
+    adapter = adapter_weights(model, name)
+    layers = dict(model.named_modules())
+    rank = max(layer.r[name] for layer in model.lora_layers if name in layer.r)
+    config, weights = copy.deepcopy(adapter.config), {}
+    config.r = config.lora_alpha = rank
+    config.rank_pattern, config.alpha_pattern, config.use_rslora, config.lora_dropout = {}, {}, False, 0.0
+    for key, tensor in (adapter.weights or {}).items():
+        module, _, part = key.rpartition(".lora_")
+        tensor = tensor.detach().cpu()
+        if part.startswith("A"):
+            missing = rank - tensor.shape[0]
+            weights[key] = F.pad(tensor, (0, 0, 0, missing)) if missing else tensor.clone()
+        else:
+            weights[key] = F.pad(tensor * layers[module].scaling[name], (0, rank - tensor.shape[1]))
+    return AdapterWeights(config, weights)
 
 
 def save_roles(
@@ -97,10 +123,11 @@ def frozen_digests(model: Any) -> dict[str, str]:
     """
     frozen = [n for n, role in getattr(model, "adapters", {}).items() if role in (Role.REFERENCE, Role.REWARD)]
     state_dict = whole_weights(model, lambda key: model.owner(key) is not None) if is_sharded(model) else None
-    return {name: _digest(adapter_weights(model, name, state_dict)) for name in frozen}
+    return {name: adapter_digest(adapter_weights(model, name, state_dict)) for name in frozen}
 
 
-def _digest(adapter: AdapterWeights) -> str:
+def adapter_digest(adapter: AdapterWeights) -> str:
+    """A digest of weights, head, scale and scaling."""
     scale = None if adapter.scale is None else asdict(adapter.scale)
     scaling = {field: getattr(adapter.config, field) for field in SCALING_FIELDS}
     digest = hashlib.sha256(json.dumps([scale, scaling], sort_keys=True).encode())

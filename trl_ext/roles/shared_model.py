@@ -268,7 +268,7 @@ class SharedBaseModel(SwitchedModel):
         Raises:
             RuntimeError: The reward or the critic role is active, whose adapters are not there to generate.
         """
-        self._check_generates()
+        self.check_generates()
         if is_sharded(self):
             kwargs.setdefault("synced_gpus", True)
         if self.rows_at_a_time is None:
@@ -283,11 +283,12 @@ class SharedBaseModel(SwitchedModel):
         **kwargs: Any,
     ) -> Any:
         """Continuous batching under the active role: see `generation.continuous_batching`, and `generate`."""
-        self._check_generates()
+        self.check_generates()
         base = self.get_base_model()
         return continuous_batching(base, inputs, generation_config, continuous_batching_config, **kwargs)
 
-    def _check_generates(self) -> None:
+    def check_generates(self) -> None:
+        """Raise a RuntimeError if the role that is active scores and does not generate."""
         if self.active_role in (Role.REWARD, Role.CRITIC):
             raise RuntimeError(
                 f"the {self.active_role.value} role is active: its adapter scores and does not generate. A reward "
@@ -311,6 +312,11 @@ class SharedBaseModel(SwitchedModel):
         if name is None:
             raise ValueError(f"the {role.value} role has no adapter: it is the bare base, there is nothing to save.")
         return folders.adapter_weights(self, name, state_dict)
+
+    def plain_adapter(self, role: Role) -> AdapterWeights | None:
+        """The role's adapter for readers beside PEFT: see `folders.plain_adapter`. None: the role is the bare base."""
+        name = self.adapter_name(role)
+        return None if name is None else folders.plain_adapter(self, name)
 
     def save_adapter(self, role: Role, folder: str | Path) -> None:
         """Write one role as a standard PEFT folder; reward and critic as sequence classifiers with their head."""

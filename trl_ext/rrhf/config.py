@@ -6,11 +6,12 @@ from typing import Annotated, Any
 from transformers import TrainingArguments
 
 from trl_ext.fields import above, above_to, at_least, check_fields, check_schedule, each, number, whole
+from trl_ext.generation.vllm_options import VLLMOptions, check_vllm_options
 from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
 
 @dataclass
-class RRHFConfig(TrainingArguments):
+class RRHFConfig(VLLMOptions, TrainingArguments):
     r"""
     Configuration of [`RRHFTrainer`]. The defaults are the paper's loss (Yuan et al. 2023, arXiv 2304.05302), offline.
 
@@ -129,6 +130,7 @@ class RRHFConfig(TrainingArguments):
         self._check_choices()
 
     def _check_choices(self) -> None:
+        check_vllm_options(self)
         if self.online_every_steps is not None and self.online_every_pass:
             raise ValueError(
                 f"online_every_steps={self.online_every_steps} and online_every_pass=True are two variants: set one."
@@ -140,6 +142,10 @@ class RRHFConfig(TrainingArguments):
             "online_keep_best": (
                 self.online_keep_best and not self.online,
                 "it belongs to the online variants; set online_every_steps or online_every_pass",
+            ),
+            "vllm_server_url": (
+                self.vllm_server_url and not self.online,
+                "it samples for the online variants; set online_every_steps or online_every_pass",
             ),
         }
         for name, (value, remedy) in refused.items():

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TrainerCallback
 
+from trl_ext.generation.vllm import VLLMEngine, row_seeds
+from trl_ext.generation.vllm_probe import checked_engine
+from trl_ext.generation.vllm_server import SamplingParameters
 from trl_ext.roles import Role, SharedBaseModel
 from trl_ext.rrhf.config import RRHFConfig
 from trl_ext.rrhf.data import RankedRow
@@ -31,13 +34,23 @@ class OnlineSampler:
         encoder: Of its tokenizer.
         args: `RRHFConfig`.
         scorer: Scores the samples.
+
+    Attributes:
+        engine: A vLLM server that samples in place of the model, where `vllm_server_url` says so.
     """
 
     def __init__(self, model: SharedBaseModel, encoder: TextEncoder, args: RRHFConfig, scorer: ResponseScorer):
         self.model, self.encoder, self.args, self.scorer = model, encoder, args, scorer
+        self.parameters = SamplingParameters(
+            args.max_completion_length, tuple(encoder.end_ids), args.temperature, args.top_p
+        )
+        self.engine: VLLMEngine | None = None
+        if args.vllm_server_url is not None:
+            given = (self.parameters, encoder.tokenizer, str(args.output_dir))
+            self.engine = checked_engine(model, args, *given, seed=args.seed)
 
     def resample(self, rows: list[RankedRow], seed: int) -> tuple[list[RankedRow], dict[str, Ratio]]:
-        """New rows for the same prompts, and metrics of the samples.
+        """New rows for the same prompts, and metrics of the samples. Every process calls where there is an engine.
 
         Args:
             rows: In any number; they are left as they are.
@@ -64,6 +77,11 @@ class OnlineSampler:
     def _sample(self, prompts: list[list[int]], seed: int) -> list[list[list[int]]]:
         """K responses to each prompt, each up to and with its first eos token."""
         args, model, pad = self.args, self.model, self.encoder.pad_id
+        if self.engine is not None:
+            self.engine.sync(Role.POLICY)
+            seeds = row_seeds(seed, 0, len(prompts))
+            found = self.engine.sample(prompts, seeds, self.parameters, args.num_online_responses, Role.POLICY)
+            return [[completion.ids for completion in group] for group in found]
         config = GenerationConfig(
             max_new_tokens=args.max_completion_length,
             do_sample=True,

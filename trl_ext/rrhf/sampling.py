@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from trl_ext.fields import above, above_to, at_least, check_fields, whole
 from trl_ext.generation.seeded import generate_responses, prompt_generator
+from trl_ext.generation.vllm import VLLMEngine
 from trl_ext.roles import SharedBaseModel, max_positions
 from trl_ext.rrhf.data import RankedRow
 from trl_ext.rrhf.response_log import Record, ResponseLog, read_records
@@ -20,6 +21,7 @@ from trl_ext.scoring import ResponseScorer
 from trl_ext.text import TextEncoder, check_prompt, end_token_ids, message_text
 
 METHODS = ("temperature", "nucleus", "beam", "diverse")
+BY_SERVER = ("temperature", "nucleus")  # those of them that a vLLM server can be asked for
 WRITTEN = ("index", "responses", "scores", "sources", "truncated")
 
 
@@ -80,6 +82,19 @@ class SamplingConfig:
             found[method] = int(count)
         return found
 
+    def check_server(self) -> None:
+        """Check that a vLLM server can sample so.
+
+        Raises:
+            ValueError: A method that it is not asked for.
+        """
+        refused = [method for method in self.counts if method not in BY_SERVER]
+        if refused:
+            raise ValueError(
+                f"sampling_methods={self.sampling_methods} has {', '.join(refused)}, which no vLLM server is asked "
+                f"for: use {' and '.join(BY_SERVER)}, or leave vllm_server_url out."
+            )
+
     def options(self, method: str) -> dict[str, Any]:
         """What `generate_responses` needs to know of a method."""
         if method == "beam":
@@ -137,6 +152,7 @@ def sample_responses(
     args: SamplingConfig,
     scorer: ResponseScorer,
     settings: dict[str, Any] | None = None,
+    engine: VLLMEngine | None = None,
 ) -> SamplingReport:
     """Write one line per prompt: `index`, `prompt`, `responses`, `scores`, `sources`, `truncated`, and other columns.
 
@@ -151,13 +167,17 @@ def sample_responses(
         args: How.
         scorer: Scores prompt and response, its end token included.
         settings: Whatever else decides the responses (names of model, dataset, scorers), to be the same on resuming.
+        engine: A vLLM server that samples in place of the model.
 
     Raises:
-        ValueError: A file of other settings or prompts, a missing column, or a prompt that leaves no room.
+        ValueError: A method that no server is asked for, a file of other settings or prompts, a missing column, or a prompt that
+            leaves no room.
     """
     encoder = tokenizer
     if not isinstance(tokenizer, TextEncoder):
         encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, model.generation_config))
+    if engine is not None:
+        args.check_server()
     missing = [name for name in ("prompt", *args.response_columns) if name not in dataset.column_names]
     if missing:
         raise ValueError(f"the dataset has no column {', '.join(missing)}, only {dataset.column_names}.")
@@ -170,6 +190,8 @@ def sample_responses(
     decided = {k: v for k, v in dataclasses.asdict(args).items() if k != "sampling_batch_size"}
     if encoder.chat_template_kwargs:
         decided["chat_template_kwargs"] = encoder.chat_template_kwargs
+    if engine is not None:
+        decided["sampler"] = "vllm"
     log = ResponseLog(path, decided | (settings or {}))
     _check_prompts(log, dataset)
     report = SamplingReport(resumed=len(log.done), torn=log.torn)
@@ -180,7 +202,7 @@ def sample_responses(
     with tqdm(total=len(dataset) * per_prompt, initial=len(log.done) * per_prompt, unit="response") as bar:
         for i in range(0, len(pending), per_batch):
             indices = pending[i : i + per_batch]
-            log.append(_sample_batch(model, encoder, dataset, indices, args, scorer))
+            log.append(_sample_batch(model, encoder, dataset, indices, args, scorer, engine))
             bar.update(len(indices) * per_prompt)
     report.seconds = time.perf_counter() - start
     report.sampled_per_second = len(pending) * per_prompt / max(report.seconds, 1e-9)
@@ -218,6 +240,7 @@ def _sample_batch(
     indices: list[int],
     args: SamplingConfig,
     scorer: ResponseScorer,
+    engine: VLLMEngine | None,
 ) -> list[Record]:
     """The finished records of some prompts."""
     positions = max_positions(model.config)
@@ -249,6 +272,7 @@ def _sample_batch(
             eos_token_ids=encoder.end_ids,
             pad_token_id=encoder.pad_id,
             method=method,
+            engine=engine,
             **args.options(method),
         )
         for row, record, group in zip(rows, records, groups, strict=True):

@@ -229,7 +229,7 @@ class RRHFTrainer(RoleTrainer):
             batches, _ = super().get_batch_samples(epoch_iterator, wanted, device)
             rows = [row for batch in batches for row in batch["rows"]]
             seed = self.args.seed + 1_000_003 * (step + 1) + self.accelerator.process_index
-            if rows:
+            if rows or self.sampler.engine is not None:  # which every process must ask
                 rows, sampled = self.sampler.resample(rows, seed)
                 self.running_means["train"].add(sampled)
             for batch in batches:

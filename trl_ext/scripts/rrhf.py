@@ -222,6 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
         "max_new_tokens": sampling.max_new_tokens,
         "seed": training.seed,
         "gold": gold_reward if toy else None,
+        "engine": None if trainer.sampler is None else trainer.sampler.engine,
     }
     prompts = test.remove_columns([name for name in (*RESPONSES, "truncated") if name in test.column_names])
     show("Evaluating the policy before training ...", flush=True)

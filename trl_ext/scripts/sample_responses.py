@@ -16,6 +16,7 @@ from typing import Any
 from trl import ModelConfig
 
 from trl_ext.data import load_split
+from trl_ext.generation.vllm_options import VLLMOptions, check_vllm_options
 from trl_ext.rrhf import SamplingConfig
 from trl_ext.scripts.arguments import LORA, check_model_flags, check_prompt_flags
 from trl_ext.scripts.inputs import check_prompt_rows, load_reward_functions
@@ -26,7 +27,7 @@ from trl_ext.scripts.tables import print_table
 
 
 @dataclass
-class SampleArguments:
+class SampleArguments(VLLMOptions):
     """What this recipe needs beside `SamplingConfig` and `ModelConfig`."""
 
     output: str | None = field(default=None, metadata={"help": "The jsonl file."})
@@ -66,6 +67,9 @@ def parse(arguments: list[str]) -> tuple[SampleArguments, SamplingConfig, ModelC
     ):
         if value is None:
             raise ValueError(f"--{name} is missing. An example: {' '.join((__doc__ or '').split()[15:22])} ...")
+    check_vllm_options(recipe)
+    if recipe.vllm_server_url is not None:
+        sampling.check_server()
     check_prompt_flags(given, recipe)
     check_model_flags(given, model_args)
     given.refuse(
@@ -82,8 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
     recipe, sampling, model_args, given = parse(sys.argv[1:] if arguments is None else arguments)
     import torch
 
+    from trl_ext.generation.vllm_probe import checked_engine
+    from trl_ext.generation.vllm_server import SamplingParameters
     from trl_ext.rrhf import sample_responses
     from trl_ext.scoring import ResponseScorer
+    from trl_ext.text import end_token_ids
 
     assert recipe.output is not None
     check_output_dir(Path(recipe.output).resolve().parent, "--output, whose folder")
@@ -108,7 +115,15 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {name: getattr(recipe, name) for name in names} | {"model": model_args.model_name_or_path}
     if model_args.model_revision not in (None, "main"):
         settings["model_revision"] = model_args.model_revision
-    report = sample_responses(model, tokenizer, dataset, recipe.output, sampling, scorer, settings)
+    engine = None
+    if recipe.vllm_server_url is not None:
+        ends = end_token_ids(tokenizer, model.generation_config)
+        parameters = SamplingParameters(sampling.max_new_tokens, tuple(ends), sampling.sampling_temperature)
+        folder, seed = Path(recipe.output).resolve().parent, sampling.sampling_seed
+        engine = checked_engine(model, recipe, parameters, tokenizer, folder, owner=recipe.output, seed=seed)
+    report = sample_responses(model, tokenizer, dataset, recipe.output, sampling, scorer, settings, engine)
+    if engine is not None:
+        engine.close()
     show_report(report, recipe.output)
 
 

@@ -1,0 +1,254 @@
+"""Completions by a vLLM server that holds the base and gets the adapter of the role that samples; nothing is merged.
+
+`VLLMEngine` is for everything that samples. `VLLMGeneration` is what TRL's online trainers call in place of their own
+vLLM object. The main process alone speaks with the server; what it finds, an error too, reaches every process.
+"""
+
+import hashlib
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from trl_ext.generation.vllm_adapters import AdapterVersions
+from trl_ext.generation.vllm_options import VLLMOptions
+from trl_ext.generation.vllm_server import (
+    Completion,
+    Prompt,
+    SamplingParameters,
+    UnknownModelError,
+    VLLMError,
+    VLLMServer,
+)
+from trl_ext.roles import AdapterWeights, Role, SharedBaseModel
+from trl_ext.roles.folders import adapter_digest
+
+FOLDER = "vllm_adapters"
+T = TypeVar("T")
+
+
+@dataclass
+class Published:
+    """An adapter at the server: its name there, a digest of its weights, and these, for a server that lost them."""
+
+    name: str
+    digest: str
+    adapter: AdapterWeights
+
+
+class VLLMEngine:
+    """A server that samples from the roles of a model. Every process makes every call, at the same time.
+
+    Args:
+        model: Policy and reference are sampled from; the server must hold the same base.
+        options: A configuration with the fields of `VLLMOptions`, `vllm_server_url` among them.
+        folder: Of the run: adapters lie below it unless `vllm_adapter_dir` says otherwise.
+        owner: A path by which a run knows what an earlier process of it has left at the server. Default: `folder`.
+
+    Attributes:
+        base: The base's name at the server.
+        max_model_len: Tokens of a prompt and its completion that the server takes; None where it does not say.
+
+    Raises:
+        VLLMError: The server does not answer, or serves no base.
+    """
+
+    def __init__(
+        self,
+        model: SharedBaseModel,
+        options: VLLMOptions | Any,
+        folder: str | Path,
+        owner: str | Path | None = None,
+    ):
+        self.model, self.options, self.processes = model, options, PartialState()
+        self.server = VLLMServer(str(options.vllm_server_url), options.vllm_timeout, options.vllm_wait)
+        self.versions: Any = None  # of the main process
+        self._published: dict[Role, Published] = {}  # of the main process
+        self.base, self.max_model_len = self.on_main(lambda: self._connect(folder, owner or folder))
+
+    def _connect(self, folder: str | Path, owner: str | Path) -> tuple[str, int | None]:
+        self.server.wait_until_healthy()
+        bases = [model for model in self.server.models() if model.get("parent") is None]
+        if len(bases) != 1:
+            raise VLLMError(
+                f"{self.server.url} serves {len(bases)} bases, {[base.get('id') for base in bases]}: start it with one "
+                "--served-model-name."
+            )
+        where = self.options.vllm_adapter_dir or Path(folder) / FOLDER
+        self.versions = AdapterVersions(self.server, where, owner)
+        weakref.finalize(self, self.versions.close)  # also when the process ends
+        return str(bases[0]["id"]), bases[0].get("max_model_len")
+
+    # ------------------------------------------------------------------ one process speaks, all know
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Work on the main process alone, and give its result to all.
+
+        Raises:
+            VLLMError: On every process, with the message of the error on the main one.
+        """
+        if self.processes.num_processes == 1:
+            return work()
+        outcome: list[Any] = [None]
+        error: Exception | None = None
+        if self.processes.is_main_process:
+            try:
+                outcome = [(work(), None)]
+            except Exception as caught:  # whatever it is: the others wait for an answer
+                error, outcome = caught, [(None, str(caught))]
+        broadcast_object_list(outcome)
+        result, message = outcome[0]
+        if message is not None:
+            raise VLLMError(message) from error
+        return result
+
+    # ------------------------------------------------------------------ adapters
+
+    def sync(self, role: Role | None = None) -> None:
+        """Bring the server the role's adapter as it is now, if it has another one; old versions are taken away.
+
+        Args:
+            role: Policy or reference. Default: the one that is active.
+
+        Raises:
+            RuntimeError: A role that scores is active.
+            VLLMError: The server did not take it.
+        """
+        if role is None:
+            self.model.check_generates()
+            role = self.model.active_role
+        adapter = self.model.plain_adapter(role)  # of a sharded model a collective call
+        if adapter is not None:
+            self.on_main(lambda: self._publish(role, adapter))
+
+    def _publish(self, role: Role, adapter: AdapterWeights) -> None:
+        digest = adapter_digest(adapter)
+        before = self._published.get(role)
+        if before is not None and before.digest == digest:
+            return
+        self._published[role] = Published(self.versions.publish(adapter), digest, adapter)
+        self.versions.retire_all_but({published.name for published in self._published.values()})
+
+    def _publish_again(self, role: Role) -> None:
+        """After a restart of the server, under a new name."""
+        before = self._published.pop(role)
+        self._publish(role, before.adapter)
+
+    # ------------------------------------------------------------------ completions
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        parameters: SamplingParameters,
+        count: int = 1,
+        role: Role | None = None,
+    ) -> list[list[Completion]]:
+        """`count` completions of each of this process's prompts, by the version that `sync` brought.
+
+        Args:
+            prompts: Token ids; any number, on some processes none.
+            seeds: Of the prompts, each below 2**63.
+            parameters: The same on every process.
+            count: Completions of a prompt; they are drawn with `seed`, `seed + 1` and so on.
+            role: As that of `sync`.
+
+        Raises:
+            VLLMError: See `VLLMServer.complete`.
+        """
+        role = role or self.model.active_role
+        own = [Prompt(tuple(ids), count, seed) for ids, seed in zip(prompts, seeds, strict=True)]
+        every = gather_object([own]) if self.processes.num_processes > 1 else [own]
+        found = self.on_main(lambda: self._complete([prompt for rows in every for prompt in rows], parameters, role))
+        start = sum(map(len, every[: self.processes.process_index]))
+        return found[start : start + len(own)]
+
+    def _complete(self, prompts: list[Prompt], parameters: SamplingParameters, role: Role) -> list[list[Completion]]:
+        try:
+            return self.server.complete(self._name(role), prompts, parameters)
+        except UnknownModelError:
+            if role not in self._published:
+                raise
+            self._publish_again(role)
+            return self.server.complete(self._name(role), prompts, parameters)
+
+    def _name(self, role: Role) -> str:
+        if role in self._published:
+            return self._published[role].name
+        if self.model.adapter_name(role) is not None:
+            raise RuntimeError(f"the {role.value} role was not brought to the server: call sync before sample.")
+        return self.base
+
+    def close(self) -> None:
+        """Take the adapters away from server and disk; without this it happens when the process ends."""
+        self._published.clear()
+        self.on_main(lambda: self.versions.close())
+
+
+class VLLMGeneration:
+    """What a trainer of TRL asks for weights and completions where its `use_vllm` is true.
+
+    TRL drops the log-probabilities that completions were sampled with; they are kept here.
+
+    Args:
+        engine: Samples from the role that is active.
+        parameters: Of completions.
+        pad_token_id: Stands in for an empty completion, at which TRL fails.
+
+    Attributes:
+        logps: Of the last call, for each completion those of its tokens.
+        empty: Of the last call, numbers of the completions without a token.
+    """
+
+    def __init__(self, engine: VLLMEngine, parameters: SamplingParameters, pad_token_id: int):
+        self.engine, self.parameters, self.pad_token_id = engine, parameters, pad_token_id
+        self.logps: list[list[float]] = []
+        self.empty: set[int] = set()
+
+    def sync_weights(self) -> None:
+        """Bring the server the active role's adapter."""
+        self.engine.sync()
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images: Any,
+        num_generations: int,
+        profiler: AbstractContextManager[Any],
+    ) -> tuple[list[list[int]], list[list[int]], list[list[float]], None]:
+        """Complete each prompt once. Random numbers come from one number of torch's, as those of `generate` would.
+
+        Args:
+            prompts: Token ids; TRL has repeated them `num_generations` times.
+            images: Refused.
+            num_generations: Not used, as they are repeated.
+            profiler: Times the call.
+
+        Returns:
+            Prompts, completions and log-probabilities, and what TRL has a fourth place for.
+
+        Raises:
+            ValueError: Images.
+        """
+        if images is not None:
+            raise ValueError("images cannot be sent to the vLLM server: leave vllm_server_url out.")
+        draw = int(torch.randint(2**62, ()))
+        seeds = row_seeds(draw, self.engine.processes.process_index, len(prompts))
+        with profiler:
+            found = [each[0] for each in self.engine.sample(prompts, seeds, self.parameters)]
+        self.logps = [completion.logps for completion in found]
+        self.empty = {i for i, completion in enumerate(found) if not completion.ids}
+        ids = [completion.ids or [self.pad_token_id] for completion in found]
+        return prompts, ids, self.logps, None
+
+
+def row_seeds(draw: int, process: int, count: int) -> list[int]:
+    """Seeds of some rows: no two of a run are near each other, whatever was drawn for the next call."""
+    names = (f"{draw} {process} {row}".encode() for row in range(count))
+    return [int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 2 for name in names]

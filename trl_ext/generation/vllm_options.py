@@ -1,0 +1,85 @@
+"""Options of sampling through a vLLM server, the same for everything that samples."""
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from trl_ext.fields import above, at_least
+
+
+@dataclass
+class VLLMOptions:
+    """Where the server is, how it gets the adapter, and what is an error."""
+
+    vllm_server_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sample through the vLLM server at this address, http://host:port, which gets the adapter of every "
+            "rollout and never a merged weight (docs/generation.md). Default: transformers' generate."
+        },
+    )
+    vllm_adapter_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder through which the server gets adapters; both sides must see it under this path. Default: "
+            "a folder below the one that the run writes to."
+        },
+    )
+    vllm_timeout: Annotated[float, above(0)] = field(
+        default=600.0, metadata={"help": "Seconds that one request to the vLLM server may take."}
+    )
+    vllm_wait: Annotated[float, at_least(0)] = field(
+        default=300.0, metadata={"help": "Seconds to wait for a vLLM server that does not answer, as when it restarts."}
+    )
+    vllm_max_logp_difference: Annotated[float, above(0)] = field(
+        default=0.05,
+        metadata={
+            "help": "Largest mean difference, nats a token, between the log-probabilities of the vLLM server and ours, "
+            "at the start and in every rollout; above it the run ends with the likely cause."
+        },
+    )
+
+
+@dataclass
+class VLLMRolloutOptions(VLLMOptions):
+    """The same for a method that is told the log-probabilities which its completions were sampled with."""
+
+    vllm_importance_sampling_correction: bool = field(
+        default=True,
+        metadata={
+            "help": "Weigh the policy's loss on each token by its probability under the trainer over that under the "
+            "vLLM server that sampled it."
+        },
+    )
+    vllm_importance_sampling_clip_max: Annotated[float, above(0)] = field(
+        default=3.0, metadata={"help": "The largest such weight; what is above is cut to it."}
+    )
+
+
+CORRECTION = ("vllm_importance_sampling_correction", "vllm_importance_sampling_clip_max")
+
+
+def check_vllm_options(args: Any, others: tuple[str, ...] = ()) -> None:
+    """Check the address, and that no option is given that only a server gives a meaning.
+
+    Args:
+        args: A configuration with the fields of `VLLMOptions`.
+        others: Names of further fields that need the server.
+
+    Raises:
+        ValueError: What is wrong, and what to write.
+    """
+    url = args.vllm_server_url
+    if url is None:
+        defaults = {f.name: f.default for f in fields(args)}
+        for name in [*(f.name for f in fields(VLLMOptions)), *others]:
+            if getattr(args, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}={getattr(args, name)!r} does nothing without vllm_server_url: set that, or leave it out."
+                )
+        return
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/") or parts.query:
+        raise ValueError(
+            f"vllm_server_url={url!r} must be the address of a server alone: http://localhost:8000, without a path."
+        )

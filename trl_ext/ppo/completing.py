@@ -1,0 +1,133 @@
+"""How PPO-Max gets its completions: from the model itself, or from a vLLM server, and what the server's way costs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from trl_ext.generation.from_trl import Completions, complete
+from trl_ext.generation.vllm import VLLMGeneration
+from trl_ext.generation.vllm_probe import checked_engine
+from trl_ext.generation.vllm_server import SamplingParameters, VLLMError
+from trl_ext.ops.masking import masked_mean
+from trl_ext.ops.sampler import importance_weights, sampler_figures, sampler_sums
+from trl_ext.ppo.rollout import Rollout
+from trl_ext.runs import RunGuard
+from trl_ext.text import TextEncoder
+
+WARPERS = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+
+
+class CompletesPrompts(Trainer):
+    """The part of `PPOMaxTrainer` that completes prompts; before `RLOOTrainer` in a class statement."""
+
+    args: Any
+    model: Any
+    guard: RunGuard
+    vllm_generation: VLLMGeneration | None = None
+    use_vllm: bool
+    _last_loaded_step: int
+    _generate: Any
+    _metrics: Any
+    _sum: Any
+
+    def use_server(self, encoder: TextEncoder, longest: int | None) -> None:
+        """Sample from the server at `vllm_server_url` from now on, once it computes what the model does.
+
+        Args:
+            encoder: Of the model's tokenizer.
+            longest: Tokens of the longest prompt and its completion, where that is known.
+
+        Raises:
+            VLLMError: The server does not answer, or computes something else.
+        """
+        args = self.args
+        parameters = SamplingParameters(
+            args.max_completion_length,
+            tuple(encoder.end_ids),
+            args.temperature,
+            args.top_p,
+            args.top_k or 0,
+            args.min_p or 0.0,
+            args.repetition_penalty,
+        )
+        given = (self.model, args, parameters, encoder.tokenizer, str(args.output_dir))
+        engine = checked_engine(*given, longest=longest, seed=args.seed)
+        self.vllm_generation = VLLMGeneration(engine, parameters, encoder.pad_id)
+        self.use_vllm = True
+
+    def complete(self, prompts: list[Any]) -> Completions:
+        """Complete prompts by the role that is active, as a rollout would, and leave logs and model as they were.
+
+        Returns:
+            Prompts and completions in token ids, unpadded, and completions as texts or messages.
+        """
+        training, metrics = self.model.training, self._metrics["eval"]
+        kept = {name: list(values) for name, values in metrics.items()}
+        self.model.eval()
+        try:
+            return self._complete(list(prompts))
+        finally:
+            self.model.train(training)
+            metrics.clear()
+            metrics.update(kept)
+
+    def _complete(self, prompts: list[Any]) -> Completions:
+        self.guard.start_tracking(self.args, self.state, self.control, model=self.model)  # TRL logs how long it takes
+        # TRL brings a server weights once a step. The policy changes without one too: by the guard, at the end of a
+        # run, on resuming; and the role may be another. What is there already is not sent again.
+        self._last_loaded_step = -1
+        return complete(self._generate, self.model, self.args, prompts, self.vllm_generation)
+
+    def compare_with_sampler(self, rollout: Rollout) -> dict[str, float]:
+        """Fill `sampler_logps` and `importance` where a server sampled, and say how far it is from the policy.
+
+        Args:
+            rollout: Of the last completions, scored. `logps` stay the trainer's.
+
+        Raises:
+            RuntimeError: Further than `vllm_max_logp_difference` on average, with the likely cause; on every process.
+        """
+        if self.vllm_generation is None:
+            return {}
+        args, mask = self.args, rollout.completion_mask.bool()
+        theirs = torch.zeros(mask.shape)
+        for i, logps in enumerate(self.vllm_generation.logps):
+            theirs[i, : len(logps)] = torch.tensor(logps)
+        theirs = rollout.sampler_logps = theirs.to(rollout.logps.device)
+        cut = args.vllm_importance_sampling_clip_max
+        weights = importance_weights(rollout.logps, theirs, mask, cut)
+        if args.vllm_importance_sampling_correction:
+            rollout.importance = weights
+        sums, largest = sampler_sums(rollout.logps, theirs, weights, mask)
+        largest = self.accelerator.gather(largest[None]).amax(0)
+        figures = sampler_figures(self._sum(sums), largest)
+        mean = figures.get("sampling/sampling_logp_difference/mean", 0.0)
+        if not mean <= args.vllm_max_logp_difference:
+            raise VLLMError(self._why_so_far(rollout, theirs, mask, mean))
+        return figures
+
+    def _why_so_far(self, rollout: Rollout, theirs: Tensor, mask: Tensor, mean: float) -> str:
+        args = self.args
+        found = (
+            f"the vLLM server at {args.vllm_server_url} sampled with log-probabilities that are {mean:.3g} nats a "
+            f"token from the policy's on average, more than vllm_max_logp_difference={args.vllm_max_logp_difference:g}. "
+        )
+        warpers = [n for n, off in WARPERS.items() if (getattr(args, n) or off) != off]
+        if warpers:
+            return found + (
+                f"{', '.join(warpers)} make a part of it, for which the importance weights make up: raise "
+                "vllm_max_logp_difference, or leave them out."
+            )
+        if rollout.reference_logps is not None:
+            of_reference = self._sum(masked_mean((theirs - rollout.reference_logps).abs(), mask))
+            if float(of_reference) / self.accelerator.num_processes < mean / 2:
+                return found + (
+                    "They are nearer to the reference's: the server does not apply the policy's adapter. Restart it."
+                )
+        return found + (
+            "At the start they agreed. As a policy sharpens, coarse weights of the server count for more: start it "
+            "with the --dtype of this run, or raise vllm_max_logp_difference; or somebody has changed what it serves: "
+            "restart it, and the run with resume_from_checkpoint."
+        )
