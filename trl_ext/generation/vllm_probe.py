@@ -2,8 +2,8 @@
 
 A fresh LoRA adapter computes what its base does, so a server that ignores adapters, or scales them otherwise, would
 pass for right until the policy has moved. The probe publishes the policy's adapter with random numbers in it, lets the
-server complete a few prompts of random tokens, and compares the log-probabilities of what comes back with our own. Where
-they differ, it tries what else could have given the server's numbers and says what it found.
+server complete a few prompts of random tokens, and compares the log-probabilities of what comes back with our own.
+Where they differ, it tries what else could have given the server's numbers and says what it found.
 """
 
 import logging
@@ -97,9 +97,9 @@ def _check(engine: VLLMEngine, parameters: SamplingParameters, tokenizer: Any, l
                 raw = our_logps(model, rows, 1.0)
             why = _cause(engine, parameters, tokenizer, prompts, seed, theirs, bare, raw)
             raise VLLMError(
-                f"{engine.server.url} (vLLM {engine.server.version()}) gives log-probabilities that are {found:.3g} "
-                f"nats a token from ours on average, more than vllm_max_logp_difference={tolerance:g}, for a random adapter "
-                f"and {sum(map(len, theirs))} tokens. {why}"
+                f"{engine.server.url} (vLLM {engine.server.version()}) gives log-probabilities that are "
+                f"{found:.3g} nats a token from ours on average, more than vllm_max_logp_difference={tolerance:g}, for "
+                f"a random adapter and {sum(map(len, theirs))} tokens. {why}"
             )
     finally:
         model.train(training)

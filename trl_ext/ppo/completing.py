@@ -112,7 +112,8 @@ class CompletesPrompts(Trainer):
         args = self.args
         found = (
             f"the vLLM server at {args.vllm_server_url} sampled with log-probabilities that are {mean:.3g} nats a "
-            f"token from the policy's on average, more than vllm_max_logp_difference={args.vllm_max_logp_difference:g}. "
+            f"token from the policy's on average, more than vllm_max_logp_difference="
+            f"{args.vllm_max_logp_difference:g}. "
         )
         warpers = [n for n, off in WARPERS.items() if (getattr(args, n) or off) != off]
         if warpers:

@@ -170,8 +170,8 @@ def sample_responses(
         engine: A vLLM server that samples in place of the model.
 
     Raises:
-        ValueError: A method that no server is asked for, a file of other settings or prompts, a missing column, or a prompt that
-            leaves no room.
+        ValueError: A method that no server is asked for, a file of other settings or prompts, a missing column, or
+            a prompt that leaves no room.
     """
     encoder = tokenizer
     if not isinstance(tokenizer, TextEncoder):
