@@ -233,7 +233,7 @@ def change(choices: list[dict], fault: str | None) -> None:
         first["logprobs"]["token_logprobs"].append(-1.0)
         first["finish_reason"] = "length"
     elif fault == "cut":
-        first["token_ids"], first["logprobs"]["token_logprobs"], first["finish_reason"] = [5], [-1.0], "length"
+        first["token_ids"], first["logprobs"]["token_logprobs"], first["finish_reason"] = [7], [-1.0], "length"
     elif fault == "empty":
         first["token_ids"], first["logprobs"]["token_logprobs"], first["finish_reason"] = [], [], "stop"
     elif fault is not None and fault not in ("torn",):
@@ -257,11 +257,12 @@ class Sampling:
         return {"answer": self.answer, "load": self.load, "unload": self.unload}
 
     def load(self, name: str, path: str) -> None:
-        if self.peft is None:
-            self.peft = PeftModel.from_pretrained(self.base, path, adapter_name=name).eval()
-        else:
-            self.peft.load_adapter(path, adapter_name=name)
-            self.peft.eval()
+        with torch.random.fork_rng():  # PEFT draws numbers first, and the trainer in this process has its own to draw
+            if self.peft is None:
+                self.peft = PeftModel.from_pretrained(self.base, path, adapter_name=name).eval()
+            else:
+                self.peft.load_adapter(path, adapter_name=name)
+                self.peft.eval()
 
     def unload(self, name: str) -> None:
         if len(self.peft.peft_config) > 1:

@@ -91,7 +91,7 @@ def test_a_version_that_could_not_be_unloaded_is_tried_again(server, tmp_path, a
     unload, server.unload = server.unload, lambda handler, name: server.refuse(handler, "busy", 503)
     second = own.publish(adapter)
     own.retire_all_but({second})
-    assert "busy It is tried again" in caplog.text
+    assert "busy It is tried again with the next" in caplog.text
     server.unload = unload
     assert set(server.loaded) == {first, second}
     own.retire_all_but({second})

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from tests.ppo import tiny
 from tests.ppo.test_resume import EVERYTHING, PASSES, assert_same_run, killed_and_resumed, make
 from tests.vllm_stand_in import BASE, Sampling, StandIn
-from trl_ext import Role, SharedBaseModel
+from trl_ext import Role
 from trl_ext.generation.vllm_server import VLLMError
 
 MEAN, LARGEST = (f"sampling/sampling_logp_difference/{name}" for name in ("mean", "max"))
@@ -34,7 +34,7 @@ def base_weights(model) -> dict[str, torch.Tensor]:
 
 def test_a_run_samples_from_every_version_of_the_policy_and_leaves_the_base_as_it_was(world, tmp_path, server):
     trainer = tiny.trainer(world, tmp_path, dataset=tiny.prompts(16), max_steps=3, **through(server))
-    probe = len(server.events)
+    probe, asked = len(server.events), len(server.bodies)
     before, policy = base_weights(trainer.model), tiny.role_weights(trainer.model, Role.POLICY)
     trainer.train()
     assert tiny.same(base_weights(trainer.model), before)
@@ -52,13 +52,14 @@ def test_a_run_samples_from_every_version_of_the_policy_and_leaves_the_base_as_i
         ("load", b), ("unload", a), ("generate", b),
         ("load", c), ("unload", b), ("generate", c),
     ]  # fmt: skip
-    seeds = [body["seed"] for body in server.bodies]
-    assert len(set(seeds)) == len(seeds)
+    seeds = [body["seed"] for body in server.bodies[asked:]]
+    assert len(set(seeds)) == len(seeds) == 12
     trainer.vllm_generation.engine.close()
     assert server.loaded == {}
     assert not list((tmp_path / "vllm_adapters").iterdir())
 
 
+@pytest.mark.slow
 def test_a_policy_that_has_not_moved_is_not_sent_again(world, tmp_path, server):
     options = {"dataset": tiny.prompts(16), "max_steps": 3, "critic_warmup_steps": 2}
     trainer = tiny.trainer(world, tmp_path, **options, **through(server))
@@ -67,6 +68,7 @@ def test_a_policy_that_has_not_moved_is_not_sent_again(world, tmp_path, server):
     assert [kind for kind, _ in server.events[before:]] == ["load", "generate"]
 
 
+@pytest.mark.slow
 def test_the_role_that_is_active_samples_whatever_the_step(world, tmp_path, server):
     trainer = tiny.trainer(world, tmp_path, **through(server))
     prompts = list(tiny.prompts(2)["prompt"])
@@ -90,6 +92,7 @@ def test_the_role_that_is_active_samples_whatever_the_step(world, tmp_path, serv
     assert server.events[-1] == ("generate", BASE)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run(world, tmp_path, server):
     options = PASSES | EVERYTHING | {"max_steps": 8, "save_steps": 4, "dataset": tiny.prompts(32)} | through(server)
     whole = make(world, tmp_path / "whole", **options)
@@ -118,6 +121,7 @@ class Restart(TrainerCallback):
                 self.server.start()
 
 
+@pytest.mark.slow
 def test_a_restarted_server_gets_the_adapter_again_and_the_run_goes_on(world, tmp_path, server):
     options = {"dataset": tiny.prompts(16), "max_steps": 3, "critic_warmup_steps": 2}  # the policy stands still
     plain = tiny.trainer(world, tmp_path / "plain", **options, **through(server))
@@ -128,6 +132,7 @@ def test_a_restarted_server_gets_the_adapter_again_and_the_run_goes_on(world, tm
     assert len(server.loaded) == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_ends_the_run_with_what_to_do(world, tmp_path, server):
     options = through(server, vllm_wait=0.1)
     trainer = tiny.trainer(world, tmp_path, callbacks=[Restart(server, again=False)], **options)
@@ -160,6 +165,7 @@ def test_what_the_server_is_off_by_is_weighed_in_the_loss(world, tmp_path):
     assert (weights[~mask] == 1).all()
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_astray_ends_the_run_with_the_likely_cause(world, tmp_path):
     sampling = Sampling(world / "base")
     with StandIn(**sampling.hooks()) as server:
@@ -198,21 +204,18 @@ def test_the_probe_leaves_model_and_server_as_they_were(world, tmp_path):
     assert tiny.same(tiny.role_weights(trainer.model, Role.POLICY), before)
 
 
-def other_base(world, tmp_path, move=None, words=None) -> Path:
-    model = SharedBaseModel.from_pretrained(str(world / "base")).get_base_model()
-    model = type(model)(tiny.tiny_config(initializer_range=0.21))
-    model.save_pretrained(tmp_path / "other")
-    tiny.tiny_tokenizer().save_pretrained(tmp_path / "other")
-    return tmp_path / "other"
-
-
 @pytest.mark.parametrize(
     ("sampler", "options", "message"),
     [
         ({"ignore": True}, {}, "those of the base: the server loads the adapter and ignores it"),
-        ({"raw": True}, {"temperature": 0.5}, "temperature 1, and the run samples at 0.5: .*processed_logprobs"),
+        pytest.param(
+            {"raw": True},
+            {"temperature": 0.5},
+            "temperature 1, and the run samples at 0.5: .*processed_logprobs",
+            marks=pytest.mark.slow,
+        ),
         ({"off": 0.1}, {}, r"Without an adapter they differ too, by 0\.1, as another type or quantisation.*--dtype"),
-        ({"off": 3.0}, {}, r"by 3, ?: the server has another model|by 3: the server has another model or revision"),
+        pytest.param({"off": 3.0}, {}, r"by 3: the server has another model or revision", marks=pytest.mark.slow),
     ],
 )
 def test_a_server_that_computes_something_else_is_refused_with_what_it_is(world, tmp_path, sampler, options, message):
@@ -221,6 +224,7 @@ def test_a_server_that_computes_something_else_is_refused_with_what_it_is(world,
     assert "vLLM 0.32.0" in str(error.value)
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_named(world, tmp_path):
     sampling = Sampling(world / "base", off=0.5)
     sampling.tokenizer = lambda text, **options: {"input_ids": [0]}
@@ -228,6 +232,7 @@ def test_another_tokenizer_is_named(world, tmp_path):
         probed(world, tmp_path, sampling)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_applied_in_another_way_is_told_from_another_base(world, tmp_path):
     sampling = Sampling(world / "base")
     load = sampling.load
@@ -235,7 +240,7 @@ def test_an_adapter_that_is_applied_in_another_way_is_told_from_another_base(wor
     def halved(name, path):
         load(name, path)
         for module in sampling.peft.modules():
-            if name in getattr(module, "scaling", {}):
+            if isinstance(getattr(module, "scaling", None), dict) and name in module.scaling:
                 module.scaling[name] = 0.5
 
     sampling.load = halved
@@ -274,5 +279,3 @@ def test_two_processes_share_one_server_and_its_errors(world, tmp_path, repo_roo
     assert left["error"] == right["error"]
     assert "refused with 400" in left["error"]
     assert server.loaded == {}
-    seeds = [body["seed"] for body in server.bodies]
-    assert len(set(seeds)) == len(seeds)

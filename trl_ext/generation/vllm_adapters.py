@@ -4,6 +4,7 @@ A name that comes twice would keep the adapter that had it first, and a path tha
 lay there before; neither is an error for the server.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -77,7 +78,7 @@ class AdapterVersions:
         try:
             self.server.unload(name)
         except VLLMError as error:
-            LOGGER.warning("%s It is tried again.", error)
+            LOGGER.warning("%s It is tried again with the next version.", error)
             return
         path = self._loaded.pop(name, None)
         if path is not None:
@@ -89,7 +90,11 @@ class AdapterVersions:
             self.retire(name)
 
     def close(self) -> None:
-        """Take everything away, and the owner's folder where nothing else is in it."""
-        self.retire_all_but(set())
+        """Take everything away, and the owner's folder where nothing else is in it; the server may be gone by then."""
+        for name, path in self._loaded.items():
+            with contextlib.suppress(VLLMError):
+                self.server.unload(name)
+            shutil.rmtree(path, ignore_errors=True)
+        self._loaded.clear()
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()

@@ -24,7 +24,7 @@ from trl_ext.roles import Role, SharedBaseModel
 LOGGER = logging.getLogger(__name__)
 PROMPTS, SHORTEST, LONGEST, TOKENS = 6, 4, 20, 8
 MATTERS = 8.0  # times the tolerance: by so much the probe's adapter moves log-probabilities, or it is made larger
-SIZE, LARGER, ROUNDS = 0.05, 2.0, 8
+SIZE, LARGER, ROUNDS = 0.1, 2.0, 8
 NEAR = 0.2  # nats: what another dtype or quantisation of the same weights can make
 TEXT = "The quick brown fox isn't 42 years old, naïve?\n"
 Rows = list[tuple[list[int], list[int]]]

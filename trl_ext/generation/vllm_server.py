@@ -362,7 +362,7 @@ def _remedy(status: int, text: str) -> str:
         return "Start the server with --max-lora-rank of at least the adapter's largest rank."
     if "target" in said or "unexpected" in said or "supported" in said:
         return "The engine has no adapter for some of the layers: leave them out of target_modules."
-    if "no such file" in said or ("not found" in said and "adapter" in said) or "does not exist" in said:
+    if any(words in said for words in ("no adapter found", "no such file", "does not exist")):
         return "The server must see the folder under the same path: set vllm_adapter_dir to one that both see."
     if status in (404, 405):
         return "Start the server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, and --enable-lora."
