@@ -25,7 +25,7 @@ class CompletesPrompts(Trainer):
     args: Any
     model: Any
     guard: RunGuard
-    vllm_generation: VLLMGeneration | None = None
+    vllm_generation: Any = None  # a `VLLMGeneration` of ours where there is a server; TRL knows another one
     use_vllm: bool
     _last_loaded_step: int
     _generate: Any

@@ -57,8 +57,9 @@ def plain_adapter(model: SwitchedModel, name: str) -> AdapterWeights:
     are copies on the CPU. Of a sharded model every process must ask.
     """
     adapter = adapter_weights(model, name)
-    layers = dict(model.named_modules())
-    rank = max(layer.r[name] for layer in model.lora_layers if name in layer.r)
+    layers: Any = dict(model.named_modules())
+    lora_layers: Any = model.lora_layers
+    rank = max(layer.r[name] for layer in lora_layers if name in layer.r)
     config, weights = copy.deepcopy(adapter.config), {}
     config.r = config.lora_alpha = rank
     config.rank_pattern, config.alpha_pattern, config.use_rslora, config.lora_dropout = {}, {}, False, 0.0
