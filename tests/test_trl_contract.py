@@ -285,6 +285,30 @@ def test_vllm_is_sent_the_base_with_the_adapter_merged_and_all_that_is_no_lora(t
     assert torch.allclose(sent["model.layers.0.self_attn.q_proj.weight"], merged, atol=1e-6)
 
 
+def test_a_vllm_object_of_ones_own_is_asked_for_weights_once_a_step_and_for_completions(tmp_path):
+    """What `generation.vllm.VLLMGeneration` stands in for; its log-probabilities are dropped."""
+    trainer, asked = rloo(tmp_path), []
+
+    class Own:
+        def sync_weights(self):
+            asked.append("weights")
+
+        def generate(self, prompts, images, num_generations, profiler):
+            asked.append((images, num_generations))
+            with profiler:
+                return prompts, [[2, 1]] * len(prompts), [[-0.1, -0.2]] * len(prompts), None
+
+    trainer.vllm_generation, trainer.use_vllm, trainer._last_loaded_step = Own(), True, -1
+    for _ in range(2):
+        prompt_ids, completion_ids, _ = trainer._generate(["w3 w4", "w5"])
+    assert asked == ["weights", (None, 2), (None, 2)]
+    assert completion_ids == [[2, 1]] * 2
+    assert [len(ids) for ids in prompt_ids] == [2, 1]
+    trainer._last_loaded_step = -1
+    trainer._generate(["w3 w4"])
+    assert asked[-2:] == ["weights", (None, 2)]
+
+
 # ------------------------------------------------------------------ construction
 
 

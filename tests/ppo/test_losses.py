@@ -36,6 +36,23 @@ def test_policy_loss_by_hand():
     assert stats["approx_kl"].item() == pytest.approx((0.0945349 + 2 * 0.1931472) / 4, abs=1e-6)
 
 
+@pytest.mark.parametrize("garbage", [0, GARBAGE])
+def test_the_terms_count_as_much_as_their_weights(garbage):
+    weights = torch.tensor([[0.5, 2.0, 3.0], [1.0, 0.0, 0.0]]) + garbage
+    logps = LOGPS.clone().requires_grad_()
+    loss, _ = policy_loss(logps, OLD_LOGPS, ADVANTAGES, MASK, 0.2, 0.2, weights=weights)
+    # 0.5 * -2.4 + 2 * 0.8 + 3 * -0.5 + 1 * -3
+    assert loss.item() == pytest.approx(-4.1 / 4)
+    loss.backward()
+    # Of the terms that the clip leaves: -A r w / 4
+    torch.testing.assert_close(logps.grad, torch.tensor([[0.0, 0.0, -3 * 0.5 / 4], [-3 / 4, 0.0, 0.0]]))
+    loss, _ = kl_penalty_loss(LOGPS, OLD_LOGPS, ADVANTAGES, MASK, 0.1, weights=weights)
+    terms = [1.5 * -2 + 0.1 * 0.0945349, 0.5 + 0.1 * 0.1931472, -0.5 + 0.1 * 0.1931472, -3.0]
+    assert loss.item() == pytest.approx(sum(w * x for w, x in zip([0.5, 2, 3, 1], terms, strict=True)) / 4, abs=1e-6)
+    with pytest.raises(ValueError, match="weights"):
+        policy_loss(LOGPS, OLD_LOGPS, ADVANTAGES, MASK, 0.2, 0.2, weights=torch.ones(2, 2))
+
+
 def test_policy_loss_clips_each_side_by_its_own_range():
     loss, _ = policy_loss(LOGPS, OLD_LOGPS, ADVANTAGES, MASK, clip_low=0.1, clip_high=0.3)
     assert loss.item() == pytest.approx((-2 * 1.3 + 0.9 - 0.5 - 3) / 4)

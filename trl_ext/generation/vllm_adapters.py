@@ -20,6 +20,7 @@ from trl_ext.roles.adapters import write_adapter
 LOGGER = logging.getLogger(__name__)
 PREFIX = "trl-ext"
 UNFINISHED = ".unfinished-"
+CLOSE_SECONDS = 10.0  # that a server is given to unload at the end of a process
 
 
 class AdapterVersions:
@@ -91,6 +92,7 @@ class AdapterVersions:
 
     def close(self) -> None:
         """Take everything away, and the owner's folder where nothing else is in it; the server may be gone by then."""
+        self.server.timeout = min(self.server.timeout, CLOSE_SECONDS)
         for name, path in self._loaded.items():
             with contextlib.suppress(VLLMError):
                 self.server.unload(name)

@@ -78,8 +78,13 @@ def check_vllm_options(args: Any, others: tuple[str, ...] = ()) -> None:
                     f"{name}={getattr(args, name)!r} does nothing without vllm_server_url: set that, or leave it out."
                 )
         return
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/") or parts.query:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.path.strip("/") or parts.query)
+        good = good and parts.port != 0
+    except ValueError:  # no address at all, or a port that is none
+        good = False
+    if not good:
         raise ValueError(
             f"vllm_server_url={url!r} must be the address of a server alone: http://localhost:8000, without a path."
         )

@@ -58,7 +58,7 @@ def policy_loss(
     ratio = torch.exp(logps - old_logps)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = _token_mean(_weighted(torch.maximum(unclipped, clipped), weights), mask, num_tokens)
+    loss = _token_mean(_weighted(torch.maximum(unclipped, clipped), weights, mask), mask, num_tokens)
     clip_fraction = masked_mean((clipped > unclipped).to(ratio.dtype), mask)
     return loss, _ratio_stats(ratio, kl_estimate(old_logps, logps, "k3"), mask) | {"clip_fraction": clip_fraction}
 
@@ -105,7 +105,7 @@ def kl_penalty_loss(
     mask = mask.bool()
     logps, old_logps, advantages = _masked(mask, logps, old_logps, advantages)
     ratio, kl = torch.exp(logps - old_logps), kl_estimate(old_logps, logps, "k3")
-    loss = _token_mean(_weighted(coef * kl - advantages * ratio, weights), mask, num_tokens)
+    loss = _token_mean(_weighted(coef * kl - advantages * ratio, weights, mask), mask, num_tokens)
     return loss, _ratio_stats(ratio, kl, mask)
 
 
@@ -197,12 +197,12 @@ def _masked(mask: Tensor, logps: Tensor, *constants: Tensor) -> list[Tensor]:
     return [torch.where(mask, logps, 0), *(torch.where(mask, x, 0).detach() for x in constants)]
 
 
-def _weighted(terms: Tensor, weights: Tensor | None) -> Tensor:
-    """The terms of a loss, (B, T), times what each counts."""
+def _weighted(terms: Tensor, weights: Tensor | None, mask: Tensor) -> Tensor:
+    """The terms of a loss, (B, T), times what each counts; 0 outside the mask."""
     if weights is None:
         return terms
     check_same_shape(weights=weights, terms=terms)
-    return terms * weights.detach()
+    return terms * torch.where(mask, weights, 0).detach()
 
 
 @torch.no_grad()
