@@ -26,13 +26,14 @@ TILTS = (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28)
 def rewards_of_samples(args: argparse.Namespace) -> Any:
     """(prompts, samples) rewards of completions sampled at temperature 1."""
     import torch
-    from bench_learning import LENGTH, load_inputs
+    from bench_learning import LENGTH
+    from methods import load_prompts, load_reward
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    rows, reward = load_inputs(args)
+    rows, reward = load_prompts({"prompts": args.prompts}), load_reward(args.reward)
     chosen = rows["prompt"][:: len(rows) // args.number][: args.number]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
