@@ -9,6 +9,10 @@ last fifth of the batches. Diversity is distinct-2 of the completions' words, la
 diversity is below 0.8 of its start's, or its length below 0.7, whose KL does not end between 0.5 and 1.5 of the target,
 or was ever above 2 times it; of methods without a target only diversity and length count. Runs of OUTPUT that exist are
 not repeated; several such commands may share the work. To see another commit, copy this folder into a checkout of it.
+
+    python tests/benchmarks/bench_rates.py --picture rates.png --folders "before=OLD" "now=NEW"
+
+draws KL and reward of the first seed's runs, a row for each folder.
 """
 
 import argparse
@@ -53,6 +57,42 @@ def row(result: dict[str, Any]) -> str:
     return "| " + " | ".join([*cells, "yes" if seen["collapsed"] else "no"]) + " |"
 
 
+def draw(folders: list[str], path: Path, seed: int) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(folders),
+        2,
+        figsize=(10, 3.1 * len(folders)),
+        layout="constrained",
+        sharex=True,
+        sharey="col",
+        squeeze=False,
+    )
+    for (kl, reward), folder in zip(axes, folders, strict=True):
+        name, _, place = folder.partition("=")
+        for i, rate in enumerate(RATES):
+            file = Path(place) / f"{rate:g}-{seed}.json"
+            records = json.loads(file.read_text())["records"] if file.exists() else []
+            kwargs = {"color": plt.get_cmap("viridis")(i / len(RATES)), "label": f"{rate:g}"}
+            kl.plot([r["kl"] for r in records], **kwargs)
+            reward.plot([r["reward"] for r in records], **kwargs)
+        kl.axhline(TARGET, color="grey", linestyle="--", linewidth=1)
+        kl.set(ylabel=f"{name}: KL, nats a completion", yscale="symlog", ylim=(0, 600), yticks=[0, 1, 6, 30, 100, 500])
+        kl.set_yticklabels(["0", "1", "6", "30", "100", "500"])
+        reward.set(ylabel=f"{name}: reward")
+        for axis in (kl, reward):
+            axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set(xlabel="rollout batch of 32 completions")
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=5, frameon=False, title="learning rate")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=list(METHODS), default="ours")
@@ -66,7 +106,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("rates"), help="a folder")
     parser.add_argument("--trl_env", type=Path, default=Path.home() / ".cache" / "trl_ext" / "trl-1.12")
+    parser.add_argument("--picture", type=Path, help="draw what was run")
+    parser.add_argument("--folders", nargs="+", default=[], help="of the picture: NAME=FOLDER")
     args = parser.parse_args()
+    if args.picture:
+        draw(args.folders or [f"reward={args.output}"], args.picture, args.seeds[0])
+        return
     if args.model is None and args.method != "ours":
         parser.error("--method: the embedded world is for `ours`; give --model, --prompts and --reward")
     columns = ("rate", "seed", "reward, first -> last fifth", "KL, last fifth (largest)", "length", "diversity")
