@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# The models of the suite are tiny: a second thread mostly waits, and on a busy machine it slows the first.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
@@ -13,8 +15,7 @@ from transformers import set_seed
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
-# The models of the suite are tiny: a second thread mostly waits, and on a busy machine it slows the first.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

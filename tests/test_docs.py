@@ -9,7 +9,7 @@ from trl_ext import PPOMaxConfig
 
 
 def documents(root: Path) -> list[Path]:
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def test_the_public_names_are_those_of_the_api_page(repo_root: Path) -> None:

@@ -183,6 +183,7 @@ def test_the_cache_is_the_real_one(architecture):
         assert predicted.kept == pytest.approx(2 * 4 * 3 * 63 * 2 * 16 * 4, rel=0.02)
 
 
+@pytest.mark.slow
 def test_other_batches_and_depths_lie_on_the_line():
     config = make_config(num_hidden_layers=6)
     tracer = Tracer(config, FLOAT32)
@@ -282,6 +283,7 @@ def test_sequences_longer_than_the_positions_are_refused(planned):
         plan_memory(Tracer(config, FLOAT32), planned[2], 1)
 
 
+@pytest.mark.slow
 def test_on_several_cards_weights_are_shared_out_and_nothing_is_lost():
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=256, num_key_value_heads=2, max_position_embeddings=64, **sizes)

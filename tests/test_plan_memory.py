@@ -141,7 +141,7 @@ def test_auto_batch_keeps_the_rollout_and_logs_the_prediction(model: Path, repo_
 @pytest.mark.parametrize(
     ("options", "at_once"),
     [
-        ({}, None),
+        pytest.param({}, None, marks=pytest.mark.slow),
         pytest.param({"per_device_generate_batch_size": 8}, 8, marks=pytest.mark.slow),
         pytest.param({"use_transformers_continuous_batching": True}, 1, marks=pytest.mark.slow),
     ],

@@ -47,6 +47,7 @@ def test_without_a_model_it_trains_in_the_embedded_world_and_reports(toy_run) ->
     assert (out / "training.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_policy_that_does_not_move_is_the_same_before_and_after(toy_run, tmp_path: Path) -> None:
     (tmp_path / "world").symlink_to(toy_run[0] / "world")
     still = ["--learning_rate=1e-30", "--critic_learning_rate=1e-30", "--per_device_eval_batch_size=4"]

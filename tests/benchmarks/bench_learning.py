@@ -23,21 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-BATCH, PASSES, LENGTH = 32, 2, 64
+import methods
+from methods import BATCH, distinct_2
 
-
-def load_inputs(args: argparse.Namespace) -> tuple[Any, Any]:
-    import importlib.util
-
-    from datasets import load_dataset
-
-    file, _, name = args.reward.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    prompts = load_dataset("json", data_files=args.prompts, split="train")
-    keep = [column for column in prompts.column_names if column != "prompt"]
-    return prompts.remove_columns(keep), getattr(module, name)
+PASSES, LENGTH = 2, 64
 
 
 def curve(history: list[dict[str, float]], reward: str, kl: str, scale: float = 1.0) -> list[dict[str, float]]:
@@ -46,30 +35,13 @@ def curve(history: list[dict[str, float]], reward: str, kl: str, scale: float = 
     return [{"reward": entry[reward], "kl": entry[kl] * scale} for entry in rows]
 
 
-def common(args: argparse.Namespace, rate: float) -> dict[str, Any]:
-    return {
-        "output_dir": tempfile.mkdtemp(),
-        "seed": args.seed,
-        "learning_rate": rate,
-        "per_device_train_batch_size": BATCH,
-        "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "lr_scheduler_type": "constant",
-    }
-
-
 def run_ours(args: argparse.Namespace) -> dict[str, Any]:
     import yaml
 
     from trl_ext import PPOMaxConfig, PPOMaxTrainer
     from trl_ext.roles import lora_config
 
-    prompts, reward = load_inputs(args)
+    prompts, reward = methods.load_prompts({"prompts": args.prompts}), methods.load_reward(args.reward)
     settings = yaml.safe_load(Path(args.config).read_text())
     settings = {k: v for k, v in settings.items() if not k.startswith("lora_") and k != "use_peft"}
     # yaml 1.1 reads 5e-3 as a string
@@ -134,89 +106,20 @@ def final_completions(trainer: Any, prompts: Any, count: int) -> dict[str, list[
     return out
 
 
-def run_rloo(args: argparse.Namespace) -> dict[str, Any]:
-    """RLOO with two completions of each of 16 prompts, no critic."""
-    from trl import RLOOConfig, RLOOTrainer
-
-    from trl_ext.roles import lora_config
-
-    prompts, reward = load_inputs(args)
-    config = RLOOConfig(
-        **common(args, args.rate),
-        num_generations=2,
-        num_iterations=PASSES,
-        max_completion_length=LENGTH,
-        beta=0.05,
-        max_steps=args.samples // BATCH * PASSES,
-        logging_steps=PASSES,
-    )
-    peft = lora_config(r=16, lora_alpha=16)
-    trainer = RLOOTrainer(args.model, reward, config, prompts, peft_config=peft)
-    trainer.train()
-    # RLOO logs the KL per token; nearly every completion here has LENGTH tokens
-    length = [e["completions/mean_length"] for e in trainer.state.log_history if "completions/mean_length" in e]
-    return {"points": curve(trainer.state.log_history, "reward", "kl", sum(length) / len(length)), "completions": []}
+def run_of_trl(what: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
+    """One of TRL's trainers, as methods.py sets it up; RLOO with two completions of each of 16 prompts."""
+    job = {"method": what, "model": args.model, "prompts": args.prompts, "reward": args.reward, "seed": 0, "rate": rate}
+    job |= {"samples": args.samples, "length": LENGTH, "passes": PASSES, "micro": BATCH, "settings": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        result = methods.run(job, Path(folder, "result.json"), args.trl_env, args.threads)
+    out = {"points": result["records"], "completions": [], "seconds": result["seconds"]}
+    return out | {"trainer": what, "seed": 0, "rate": rate}
 
 
-def run_trl_ppo(args: argparse.Namespace) -> dict[str, Any]:
-    """TRL 1.12's PPOTrainer, with the reward function in place of its reward model."""
-    import torch
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
-
-    prompts, reward = load_inputs(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    dataset = prompts.map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]}, remove_columns="prompt")
-
-    def scores(model: Any, sequences: Any, pad_token_id: int, context_length: int) -> Any:
-        texts = tokenizer.batch_decode(sequences[:, context_length:], skip_special_tokens=True)
-        score = torch.tensor(reward(texts), dtype=torch.float32)
-        return None, score, None
-
-    original = ppo_trainer.get_reward
-    ppo_trainer.get_reward = lambda model, *rest: (
-        scores(model, *rest) if isinstance(model, torch.nn.Identity) else original(model, *rest)
-    )
-    history: list[dict[str, float]] = []
-
-    class Keep(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            history.append(dict(logs))
-
-    value = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1, dtype="float32")
-    trainer = PPOTrainer(
-        args=PPOConfig(
-            **common(args, args.rate),
-            num_ppo_epochs=PASSES,
-            num_mini_batches=1,
-            local_rollout_forward_batch_size=BATCH,
-            response_length=LENGTH,
-            temperature=1.0,
-            kl_coef=0.05,
-            total_episodes=args.samples,
-            num_sample_generations=0,
-            logging_steps=1,
-        ),
-        processing_class=tokenizer,
-        model=AutoModelForCausalLM.from_pretrained(args.model, dtype="float32"),
-        ref_model=None,
-        reward_model=torch.nn.Identity(),
-        value_model=value,
-        train_dataset=dataset,
-        peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[Keep()],
-    )
-    trainer.train()
-    return {"points": curve(history, "objective/scores", "objective/kl"), "completions": []}
-
-
-def child(python: str, what: str, seed: int, rate: float, args: argparse.Namespace) -> dict[str, Any]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    environment["OMP_NUM_THREADS"] = str(args.threads)
-    if what != "trl_ppo":
-        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    command = [python, __file__, "--child", what, "--seed", str(seed), "--rate", str(rate)]
+def child(what: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment |= {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, __file__, "--child", what, "--seed", str(seed)]
     for name in ("model", "prompts", "reward", "config", "samples"):
         command += [f"--{name}", str(getattr(args, name))]
     command += ["--completions"] if args.completions else []
@@ -226,13 +129,7 @@ def child(python: str, what: str, seed: int, rate: float, args: argparse.Namespa
     if result.returncode or not lines:
         raise RuntimeError(f"{what} failed:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
     out = json.loads(lines[-1].removeprefix("RESULT "))
-    return out | {"trainer": what, "seed": seed, "rate": rate, "seconds": time.perf_counter() - started}
-
-
-def distinct_2(texts: list[str]) -> float:
-    """Different pairs of words / pairs of words, over all texts together (Li et al. 2016)."""
-    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    return len(set(pairs)) / max(len(pairs), 1)
+    return out | {"trainer": what, "seed": seed, "rate": 0.0, "seconds": time.perf_counter() - started}
 
 
 def summarise(run: dict[str, Any]) -> str:
@@ -303,25 +200,18 @@ def main() -> None:
     parser.add_argument("--completions", action="store_true", help="also compare distinct-2 with the reference's")
     parser.add_argument("--frontier", type=Path, help="what bench_frontier.py wrote")
     parser.add_argument("--trl_env", type=Path, default=Path.home() / ".cache" / "trl_ext" / "trl-1.12")
-    for name in ("--child", "--seed", "--rate"):
-        parser.add_argument(name, type=str if name == "--child" else float, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        args.seed = int(args.seed)
-        run = {"ours": run_ours, "oracle": run_ours, "rloo": run_rloo, "trl_ppo": run_trl_ppo}[args.child]
-        print("RESULT " + json.dumps(run(args)))
+        print("RESULT " + json.dumps(run_ours(args)))
         return
-    jobs = [(name, seed, 0.0) for name in ("ours", "oracle") if name in args.trainers for seed in args.seeds]
-    jobs += [(name, 0, rate) for name in ("rloo", "trl_ppo") if name in args.trainers for rate in args.rates]
     runs = []
-    for name, seed, rate in jobs:
-        python = sys.executable
-        if name == "trl_ppo":
-            from bench_ppo import trl_python
-
-            python = trl_python(args.trl_env)
-        runs.append(child(python, name, seed, rate, args))
-        print(summarise(runs[-1]), flush=True)
+    for name in args.trainers:
+        ours = name in ("ours", "oracle")
+        for value in args.seeds if ours else args.rates:
+            runs.append(child(name, value, args) if ours else run_of_trl(name, value, args))
+            print(summarise(runs[-1]), flush=True)
     args.output.with_suffix(".json").write_text(json.dumps(runs))
     frontier = json.loads(args.frontier.read_text()) if args.frontier else None
     plot(runs, args.output.with_suffix(".png"), frontier)

@@ -83,6 +83,16 @@ def test_a_rise_of_the_reward_is_no_fault_however_fast() -> None:
     assert watch(HEALTHY | {"reward": 50.0}, [HEALTHY] * START, LIMITS) == {}
 
 
+def test_one_bad_completion_among_many_good_ones_is_no_jump() -> None:
+    # Of eight completions nearly all have learned to please; then one has not: a mean of -0.34, not of -0.04.
+    start = HEALTHY | {"samples": 8.0, "reward": -2.5, "reward_std": 0.9}
+    learned = start | {"reward": -0.044, "reward_std": 0.07}
+    history = [start] * START + [learned] * START
+    assert watch(learned | {"reward": -0.336, "reward_std": 0.8}, history, LIMITS) == {}
+    # The same fall of all of them is one.
+    assert set(watch(learned | {"reward": -0.6}, history, LIMITS)) == {"reward_jump"}
+
+
 def test_completions_that_were_all_cut_at_the_start_are_no_fault() -> None:
     cut = HEALTHY | {"completions/truncated_ratio": 1.0}
     assert watch(cut, [cut] * START, LIMITS) == {}

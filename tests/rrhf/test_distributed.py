@@ -10,6 +10,8 @@ import torch
 from tests.ppo import tiny
 from tests.rrhf.two_processes import WHOLE, run
 
+pytestmark = pytest.mark.slow  # PPO's and the reward model's run by default
+
 
 @pytest.fixture(scope="module")
 def ranks(world, tmp_path_factory, repo_root):

@@ -240,7 +240,7 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(world, tmp_path):
     assert (report.resumed, report.torn, report.prompts) == (5, 20, 11)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [pytest.param(n, marks=pytest.mark.slow) for n in (60, 5000)])
 def test_a_run_killed_twice_at_random_ends_complete(world, tmp_path, count):
     path, rng = tmp_path / "r.jsonl", random.Random()
     job = {"world": str(world), "path": str(path), "count": count}

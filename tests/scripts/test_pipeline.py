@@ -146,6 +146,7 @@ def test_the_policy_starts_at_its_adapter_and_the_rank_of_the_flags_is_that_of_t
     assert ranks == {"": 16, "reference": 16, "reward": 4, "reward/member_2": 4}
 
 
+@pytest.mark.slow
 def test_plain_pairs_and_a_policy_that_does_not_move(judged, tmp_path: Path) -> None:
     world = build_world(tmp_path / "world", scale=0.02)
     rows = [

@@ -180,16 +180,18 @@ def _jump(seen: dict[str, float], history: Sequence[dict[str, float]]) -> dict[s
 
     A rise is none: a policy that has found something may learn it at once.
     """
-    sound = [row for row in history if not row.get("jumped")][-START:]
+    sound = [row for row in history if not row.get("jumped")]
     if len(sound) < START:
         return {}
-    before = sum(row["reward"] for row in sound) / START
-    spread = sum(row["reward_std"] for row in sound) / START
-    error = spread * math.sqrt(1 / seen["samples"] + 1 / (START * seen["samples"]))
-    if before - seen["reward"] > max(1.5 * spread, 7 * error) > 0:
-        return {"reward_jump": f"reward {seen['reward']:.3g}, in the last batches {before:.3g} (spread {spread:.2g})"}
+    before = sum(row["reward"] for row in sound[-START:]) / START
+    recent = sum(row["reward_std"] for row in sound[-START:]) / START
+    # Rewards whose spread has become small may be rare and far apart: one of a few may make a whole batch.
+    spread = max(row["reward_std"] for row in sound)
+    error = max(recent, seen["reward_std"]) * math.sqrt(1 / seen["samples"] + 1 / (START * seen["samples"]))
+    if before - seen["reward"] > max(1.5 * recent, 0.5 * spread, 7 * error) > 0:
+        return {"reward_jump": f"reward {seen['reward']:.3g}, in the last batches {before:.3g} (spread {recent:.2g})"}
     if spread > 0 and seen["reward_std"] > 20 * spread:
-        return {"reward_jump": f"spread of the reward {seen['reward_std']:.3g}, in the last batches {spread:.3g}"}
+        return {"reward_jump": f"spread of the reward {seen['reward_std']:.3g}, until now at most {spread:.3g}"}
     return {}
 
 

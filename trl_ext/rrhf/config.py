@@ -21,7 +21,10 @@ class RRHFConfig(VLLMOptions, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]
 
     # Fields of the parent with other defaults, as in TRL
-    learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of the policy's adapter."})
+    learning_rate: float = field(
+        default=5e-4,
+        metadata={"help": "Learning rate of the policy's adapter. LoRA takes about ten times that of full weights."},
+    )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many optimizer steps; below 1, this share of all steps."}
     )
