@@ -1,7 +1,6 @@
 """RRHF online, files of responses and evaluations through a server that speaks vLLM's protocol and samples."""
 
 import pytest
-from datasets import Dataset
 from transformers import AutoTokenizer
 
 from tests.ppo import tiny
@@ -38,7 +37,9 @@ def test_online_responses_come_from_the_policy_as_it_is_then(world, tmp_path, se
 
 
 def test_a_server_has_nothing_to_do_offline(tmp_path):
-    with pytest.raises(ValueError, match="vllm_server_url='http://h:1' has no place in this run: .*online_every_steps"):
+    with pytest.raises(
+        ValueError, match=r"vllm_server_url='http://h:1' has no place in this run: .*online_every_steps"
+    ):
         ranked.config(tmp_path, vllm_server_url="http://h:1")
 
 
@@ -57,12 +58,8 @@ def test_a_file_of_responses_and_an_evaluation_are_the_same_with_the_same_seed(w
     args = SamplingConfig(sampling_methods=["temperature:2", "beam:2"], max_new_tokens=6)
     with pytest.raises(ValueError, match="has beam, which no vLLM server is asked for"):
         sample_responses(model, tokenizer, rows, tmp_path / "c", args, scorer, engine=engine)
-    found = [
-        evaluate_policy(
-            model, tokenizer, Dataset.from_dict(rows[:]), scorer, max_new_tokens=6, best_of=2, engine=engine
-        )
-        for _ in range(2)
-    ]
+    options = {"max_new_tokens": 6, "best_of": 2, "engine": engine}
+    found = [evaluate_policy(model, tokenizer, rows, scorer, **options) for _ in range(2)]
     assert found[0] == found[1]
 
 
