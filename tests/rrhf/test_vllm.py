@@ -37,9 +37,7 @@ def test_online_responses_come_from_the_policy_as_it_is_then(world, tmp_path, se
 
 
 def test_a_server_has_nothing_to_do_offline(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"vllm_server_url='http://h:1' has no place in this run: .*online_every_steps"
-    ):
+    with pytest.raises(ValueError, match=r"vllm_server_url=.* has no place in this run: .*online_every_steps"):
         ranked.config(tmp_path, vllm_server_url="http://h:1")
 
 
