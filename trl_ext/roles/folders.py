@@ -63,6 +63,7 @@ def plain_adapter(model: SwitchedModel, name: str) -> AdapterWeights:
     config, weights = copy.deepcopy(adapter.config), {}
     config.r = config.lora_alpha = rank
     config.rank_pattern, config.alpha_pattern, config.use_rslora, config.lora_dropout = {}, {}, False, 0.0
+    config.init_lora_weights = True  # some others are refused by name, whatever weights there are
     for key, tensor in (adapter.weights or {}).items():
         module, _, part = key.rpartition(".lora_")
         tensor = tensor.detach().cpu()
