@@ -17,23 +17,13 @@ from typing import Any
 from methods import BATCH, METHODS, NAMES, run
 
 LAST = 320 // BATCH
+# Rate and beta; the slowest rate with the largest beta stays near the start in each of them.
+SMALL = [(1e-3, 0.01), (1e-3, 0.03), *((rate, beta) for rate in (3e-3, 6e-3) for beta in (0.01, 0.03, 0.1))]
 GRIDS: dict[str, list[dict[str, Any]]] = {
-    "rloo": [
-        {"rate": rate, "settings": {"beta": beta, "num_generations": 4}}
-        for rate in (1e-3, 3e-3, 6e-3)
-        for beta in (0.01, 0.03, 0.1)
-    ],
-    "grpo": [
-        {"rate": rate, "settings": {"beta": beta, "num_generations": 8}}
-        for rate in (1e-3, 3e-3, 6e-3)
-        for beta in (0.01, 0.03, 0.1)
-    ],
-    "online_dpo": [
-        {"rate": rate, "settings": {"beta": beta}} for rate in (1e-3, 3e-3, 6e-3) for beta in (0.03, 0.1, 0.3)
-    ],
-    "trl_ppo": [
-        {"rate": rate, "settings": {"kl_coef": beta}} for rate in (3e-3, 6e-3, 1e-2) for beta in (0.01, 0.03, 0.1)
-    ],
+    "rloo": [{"rate": rate, "settings": {"beta": beta, "num_generations": 4}} for rate, beta in SMALL],
+    "grpo": [{"rate": rate, "settings": {"beta": beta, "num_generations": 8}} for rate, beta in SMALL],
+    "online_dpo": [{"rate": rate, "settings": {"beta": 3 * beta}} for rate, beta in SMALL],
+    "trl_ppo": [{"rate": 2 * rate, "settings": {"kl_coef": beta}} for rate, beta in SMALL],
 }
 OURS = {"rate": 1e-4, "settings": {"kl_target": 7.0}}  # the default rate
 

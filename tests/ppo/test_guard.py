@@ -79,6 +79,24 @@ def test_each_fault_is_seen_at_its_limit_and_not_before(name: str, bad: dict, fi
     assert watch(HEALTHY | fine, history, LIMITS) == {}
 
 
+def test_small_rollout_batches_are_taken_together_until_they_are_of_enough_completions() -> None:
+    small = HEALTHY | {"samples": 8.0}
+    history = [small] * 2 * START
+    bad = small | {"completions/distinct_2": 0.1, "kl": 30.0}
+    assert watch(bad, history, LIMITS) == {}  # 32 completions: distinct-2 (3 * 0.8 + 0.1) / 4 = 0.625, KL 10.5
+    assert set(watch(bad, [*history[:-1], bad], LIMITS)) == {"repetition", "kl_high"}
+
+
+def test_lengths_that_differ_much_must_differ_more_than_by_chance() -> None:
+    # 3 standard errors: 3 * sqrt(40**2 / 32 + 40**2 / 160) = 23.2 tokens, more than 0.6 of 32
+    start = HEALTHY | {"tokens": 32.0, "tokens_std": 40.0, "completions/ended_at_once": 0.5}
+    history = [start] * START
+    assert watch(start | {"tokens": 9.0}, history, LIMITS) == {}
+    assert set(watch(start | {"tokens": 8.6}, history, LIMITS)) == {"length_short"}
+    gone = start | {"tokens": 1.0, "tokens_std": 0.0, "completions/ended_at_once": 1.0}
+    assert set(watch(gone, history, LIMITS)) == {"length_short", "ended_at_once"}
+
+
 def test_a_rise_of_the_reward_is_no_fault_however_fast() -> None:
     assert watch(HEALTHY | {"reward": 50.0}, [HEALTHY] * START, LIMITS) == {}
 
@@ -199,7 +217,8 @@ def test_figures_of_completions_by_hand() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
     rollout = SimpleNamespace(completion_mask=mask, completion_ids=mask, completions=["a b a b", ""])
     figures = completion_figures(rollout, lambda x: 2 * x)  # two processes with the same rows
-    expected = {"completions/distinct_2": 2 / 3, "completions/ended_at_once": 0.5, "tokens": 2.5, "samples": 4.0}
+    expected = {"completions/distinct_2": 2 / 3, "completions/ended_at_once": 0.5, "samples": 4.0}
+    expected |= {"tokens": 2.5, "tokens_std": 1.5}
     assert figures == pytest.approx(expected)
 
 

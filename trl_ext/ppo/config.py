@@ -66,6 +66,9 @@ class PPOMaxConfig(VLLMRolloutOptions, RLOOConfig):
         default=1, metadata={"help": "Completions sampled per prompt. PPO's critic is the baseline, so 1 is enough."}
     )
     num_iterations: int = field(default=2, metadata={"help": "Passes over each rollout batch (PPO epochs)."})
+    num_completions_to_print: int | None = field(
+        default=3, metadata={"help": "Completions printed at each log with log_completions; none: all."}
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Switch dropout off. With it the probability ratio is noisy and the first KL is not 0."},

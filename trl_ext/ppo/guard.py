@@ -20,7 +20,9 @@ from trl_ext.ppo.rollout import Reduce, Rollout
 LOGGER = logging.getLogger(__name__)
 START = 5  # rollout batches that the later ones are compared with
 LASTING = 2  # rollout batches in a row that show a fault before it is an alarm
-PATIENCE = 3  # rollout batches that an act is given to help before the next one
+PATIENCE = 3  # rollout batches that an act is given to help before the next one, if each is of enough completions
+ENOUGH = 32  # completions whose mean is compared; of smaller rollout batches several are taken together
+ERRORS = 3  # standard errors by which a mean of few completions must differ, beside its limit
 QUIET = 6  # rollout batches without an alarm after which acts begin anew
 SNAPSHOT_EVERY = 3  # rollout batches between two good policies that are kept
 FACTOR = 2.0  # of beta, when it is raised; and by which a policy goes slower after a step back
@@ -29,9 +31,11 @@ KEPT = (  # of a rollout batch's figures, beside each reward's own
     "entropy",
     "completions/distinct_2",
     "tokens",
+    "tokens_std",
     "completions/truncated_ratio",
     "completions/ended_at_once",
     "reward_uncertainty",
+    "kl",
     "reward",
     "reward_std",
     "samples",
@@ -45,7 +49,8 @@ def completion_figures(rollout: Rollout, reduce: Reduce) -> dict[str, float]:
 
         distinct-2 = different pairs of neighbouring words / all of them, in the rollout batch of a process
 
-    where a text without spaces counts by tokens; share that ended at once, mean of the tokens, number of completions.
+    where a text without spaces counts by tokens; share that ended at once, mean and standard deviation of the tokens,
+    number of completions.
 
     Source: Li et al. 2016, arXiv 1510.03055, section 5.
 
@@ -56,12 +61,14 @@ def completion_figures(rollout: Rollout, reduce: Reduce) -> dict[str, float]:
     mask = rollout.completion_mask.bool()
     lengths = mask.sum(1)
     different = distinct_pairs(rollout.completions, rollout.completion_ids.tolist(), lengths.tolist())
-    sums = [1.0, different, float(len(mask)), float(lengths.sum()), float((lengths <= AT_ONCE).sum())]
-    processes, distinct, rows, tokens, at_once = reduce(torch.tensor(sums, device=mask.device)).tolist()
+    sums = [1.0, different, float(len(mask)), float((lengths <= AT_ONCE).sum())]
+    sums += [float(lengths.sum()), float(lengths.square().sum())]
+    processes, distinct, rows, at_once, tokens, squares = reduce(torch.tensor(sums, device=mask.device)).tolist()
     return {
         "completions/distinct_2": distinct / processes,
         "completions/ended_at_once": at_once / rows,
         "tokens": tokens / rows,
+        "tokens_std": math.sqrt(max(squares / rows - (tokens / rows) ** 2, 0.0)),
         "samples": rows,
     }
 
@@ -147,24 +154,12 @@ def watch(seen: dict[str, float], history: Sequence[dict[str, float]], limits: "
         Name of each fault that it shows, with the figures.
     """
     faults: dict[str, str] = {}
-
-    def compare(name: str, key: str, wrong: Callable[[float, float], bool], what: str) -> None:
-        values = [row[key] for row in history[:START] if key in row]
-        if len(values) < START or key not in seen:
-            return
-        start = sum(values) / len(values)
-        if wrong(seen[key], start):
-            faults[name] = f"{what} {seen[key]:.3g}, at the start {start:.3g}"
-
-    compare("entropy_low", "entropy", lambda now, start: now < 0.25 * start, "entropy")
-    compare("entropy_high", "entropy", lambda now, start: now > 1.75 * start + 0.25, "entropy")
-    compare("repetition", "completions/distinct_2", lambda now, start: now < 0.6 * start, "distinct-2")
-    compare("length_short", "tokens", lambda now, start: now < 0.4 * start, "tokens a completion")
-    compare("length_limit", "completions/truncated_ratio", lambda now, start: start < 0.5 and now > 0.95, "share cut")
-    compare("ended_at_once", "completions/ended_at_once", lambda now, start: now > start + 0.25, "share ended at once")
-    compare("uncertainty_high", "reward_uncertainty", lambda now, start: now > 2.5 * start, "disagreement")
-    if limits.kl_target is not None and seen.get("kl", 0.0) > 1.75 * limits.kl_target:
-        faults["kl_high"] = f"KL {seen['kl']:.3g}, its target {limits.kl_target:.3g}"
+    first, now = history[:START], [*history[START:], seen][-batches(seen) :]
+    if len(first) == START and len(now) == batches(seen):
+        faults |= _changes(first, now)
+    kl = _mean(now, "kl")
+    if limits.kl_target is not None and kl is not None and kl > 1.75 * limits.kl_target:
+        faults["kl_high"] = f"KL {kl:.3g}, its target {limits.kl_target:.3g}"
     faults |= _jump(seen, history) | _hacking(seen, history, limits)
     for role in ("policy", "critic"):
         share = seen.get(f"step/shortened/{role}", 1.0)
@@ -172,6 +167,49 @@ def watch(seen: dict[str, float], history: Sequence[dict[str, float]], limits: "
             faults[f"{role}_step_too_long"] = f"a step of the {role} was shortened to {share:.2g} of its length"
     if len(history) >= START and seen["explained_variance"] <= 0:
         faults["critic_useless"] = f"explained variance {seen['explained_variance']:.2g}"
+    return faults
+
+
+def batches(seen: dict[str, float]) -> int:
+    """Rollout batches whose means are taken together, so that they are of enough completions."""
+    return min(max(math.ceil(ENOUGH / seen["samples"]), 1), 2 * START)
+
+
+def _mean(rows: Sequence[dict[str, float]], key: str) -> float | None:
+    """None where a row does not have it."""
+    return sum(row[key] for row in rows) / len(rows) if all(key in row for row in rows) else None
+
+
+def _changes(first: Sequence[dict[str, float]], now: Sequence[dict[str, float]]) -> dict[str, str]:
+    """What the policy does now that it did not do at the start."""
+    faults: dict[str, str] = {}
+
+    def compare(name: str, key: str, wrong: Callable[[float, float], bool], what: str) -> None:
+        start, value = _mean(first, key), _mean(now, key)
+        if start is not None and value is not None and wrong(value, start):
+            faults[name] = f"{what} {value:.3g}, at the start {start:.3g}"
+
+    def error(variance: Callable[[dict[str, float]], float]) -> float:
+        """Standard error of the difference of two means, their variances not the same (Welch)."""
+        parts = (sum(variance(row) / row["samples"] for row in rows) / len(rows) ** 2 for rows in (first, now))
+        return ERRORS * math.sqrt(sum(parts))
+
+    def share(key: str) -> float:
+        return error(lambda row: row.get(key, 0.0) * (1 - row.get(key, 0.0)))
+
+    shorter, at_once = error(lambda row: row.get("tokens_std", 0.0) ** 2), share("completions/ended_at_once")
+    compare("entropy_low", "entropy", lambda now, start: now < 0.25 * start, "entropy")
+    compare("entropy_high", "entropy", lambda now, start: now > 1.75 * start + 0.25, "entropy")
+    compare("repetition", "completions/distinct_2", lambda now, start: now < 0.6 * start, "distinct-2")
+    compare("length_short", "tokens", lambda now, start: now < min(0.4 * start, start - shorter), "tokens a completion")
+    compare("length_limit", "completions/truncated_ratio", lambda now, start: start < 0.5 and now > 0.95, "share cut")
+    compare(
+        "ended_at_once",
+        "completions/ended_at_once",
+        lambda now, start: now > start + max(0.25, at_once),
+        "share ended at once",
+    )
+    compare("uncertainty_high", "reward_uncertainty", lambda now, start: now > 2.5 * start, "disagreement")
     return faults
 
 
@@ -289,7 +327,7 @@ class PolicyGuard:
         state.lasting = {name: state.lasting.get(name, 0) + 1 for name in faults}
         on = [FAULTS[name] for name, count in state.lasting.items() if count >= FAULTS[name].lasting]
         self.sound = not any(FAULTS[name].acts for name in faults)
-        act = self._decide(on)
+        act = self._decide(on, PATIENCE + batches(figures) - 1)
         for fault in on:
             if state.lasting[fault.name] == fault.lasting or act is not None:
                 self._tell(fault, faults[fault.name], act if fault.acts else None, step)
@@ -304,7 +342,7 @@ class PolicyGuard:
         if len(state.history) > 3 * START:  # the first ones, and enough of the last
             del state.history[START]
 
-    def _decide(self, on: list[Fault]) -> str | None:
+    def _decide(self, on: list[Fault], patience: int) -> str | None:
         state = self.state
         acting = [fault for fault in on if fault.acts]
         if not acting:
@@ -314,7 +352,7 @@ class PolicyGuard:
             return None
         state.quiet = 0
         state.waited += 1
-        if state.level > 0 and state.waited < PATIENCE:
+        if state.level > 0 and state.waited < patience:
             return None
         if any(fault.broken for fault in acting):
             state.level = len(GUARD_ACTS) - 1
