@@ -7,6 +7,7 @@ from typing import Any
 
 # Settings of a machine or a folder, not of the method
 NOT_METHOD = {"output_dir", "logging_dir", "run_name", "report_to", "hub_token", "hub_model_id", "push_to_hub"}
+NOT_METHOD |= {"vllm_server_url", "vllm_adapter_dir", "vllm_timeout", "vllm_wait"}
 ROWS = 12
 
 
