@@ -33,6 +33,7 @@ from trl.trainer.utils import RepeatSampler, shuffle_sequence_dict, split_tensor
 
 from trl_ext import PPOMaxConfig, PPOMaxTrainer
 from trl_ext.ppo.callback import PPOStateCallback
+from trl_ext.ppo.completing import CompletesPrompts
 from trl_ext.ppo.sets import SeveralSets
 from trl_ext.ppo.state import PPOState
 from trl_ext.reward.trainer import RewardModelTrainer
@@ -196,7 +197,8 @@ def test_only_the_constructor_the_two_seams_and_the_model_card_are_overridden():
     inherited = {name for base in RLOOTrainer.__mro__ for name, value in vars(base).items() if callable(value)}
     own = {name for name, value in vars(PPOMaxTrainer).items() if callable(value) or isinstance(value, property)}
     assert own & inherited == {"__init__", *SEAMS, *PUBLIC}
-    assert PPOMaxTrainer.__bases__ == (RoleTrainer, SeveralSets, RLOOTrainer)
+    assert PPOMaxTrainer.__bases__ == (RoleTrainer, SeveralSets, CompletesPrompts, RLOOTrainer)
+    assert not {name for name, value in vars(CompletesPrompts).items() if callable(value)} & inherited
     assert {name for name, value in vars(SeveralSets).items() if callable(value)} & inherited == OF_SETS
     above = {name for name, value in vars(RoleTrainer).items() if callable(value)} & inherited
     assert above == EVERY_TRAINERS
