@@ -109,12 +109,10 @@ def test_a_page_names_flags_that_there_are_with_their_defaults(name: str, monkey
     parser = parser_of(name, monkeypatch)
     page = COMMANDS[name].page
     assert page is not None
-    for flag, default, _ in (row for rows in page.groups.values() for row in rows):
-        if flag == "config":
-            continue
-        action = next((each for each in parser._actions if each.dest == flag), None)
-        assert action is not None, f"--{flag} is no flag of {name}"
-        assert default == shown(action.default), f"--{flag}"
+    # of what is true there is a second action, --no_x
+    defaults = {action.dest: shown(action.default) for action in reversed(parser._actions)}
+    rows = [(flag, default) for rows in page.groups.values() for flag, default, _ in rows if flag != "config"]
+    assert rows == [(flag, defaults.get(flag, "no such flag")) for flag, _ in rows]
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -153,9 +151,7 @@ def test_a_configuration_is_found_by_name_or_by_path(tmp_path: Path) -> None:
 
 
 def test_a_name_that_there_is_not_lists_those_that_there_are() -> None:
-    with pytest.raises(
-        ValueError, match=r"--config qlora_8 .*Did you mean qlora_8b\?.*colab_0\.5b, .*, toy\."
-    ) as error:
+    with pytest.raises(ValueError, match=r"--config qlora_8: .*Did you mean qlora_8b\?") as error:
         ppo_max.parse(["--config", "qlora_8"])
     assert all(name in str(error.value) for name in config_names())
 

@@ -48,7 +48,7 @@ class Command:
 # ---------------------------------------------------------------------- flags that several commands have
 
 CONFIG = ("config", "", "yaml file, or a name: qlora_8b, colab_0.5b, tinychat, ...")
-OUTPUT = ("output_dir", "trainer_output", "Where adapters, checkpoints, tables and pictures go")
+OUTPUT = ("output_dir", "", "Where adapters, checkpoints, tables and pictures go")
 MODEL = (
     ("model_name_or_path", "", "The base: Hub id or folder. None: the embedded world"),
     ("load_in_4bit", "false", "Keep the base in 4 bits (NF4)"),
@@ -193,8 +193,8 @@ PIPELINE = Page(
     "The whole road on one base: preferences, reward models, PPO-Max, and a judgement by reward models that training "
     "never saw.",
     (
-        "trl-ext pipeline --model_name_or_path MODEL --config pipeline_tinychat --output_dir runs/pipeline \\",
-        "    --dataset_name train.jsonl.gz --dataset_test_name test.jsonl.gz",
+        "trl-ext pipeline --model_name_or_path MODEL --config pipeline_tinychat \\",
+        "    --output_dir runs/pipeline --dataset_name train.jsonl.gz --dataset_test_name test.jsonl.gz",
         "trl-ext pipeline ... --resume_from_checkpoint true    # goes on in the stage that was stopped",
     ),
     {
@@ -228,8 +228,8 @@ STRENGTH = Page(
     "Without a model: the embedded world.",
     (
         "trl-ext preference-strength --policy flip --share 0.2",
-        "trl-ext preference-strength --model_name_or_path meta-llama/Llama-3.1-8B --output_dir out/strength \\",
-        "    --dataset_name Anthropic/hh-rlhf --config reward_qlora_8b",
+        "trl-ext preference-strength --model_name_or_path meta-llama/Llama-3.1-8B \\",
+        "    --output_dir out/strength --dataset_name Anthropic/hh-rlhf --config reward_qlora_8b",
     ),
     {
         "Doubt": (
