@@ -69,6 +69,7 @@ def launch(name: str, arguments: Sequence[str]) -> bool:
     if options.config_file is not None:
         options.config_file = str(find_config(options.config_file, "--config_file", ACCELERATE))
     hand_on_signals()
+    print(f"trl-ext {name}: starting accelerate's launcher ...", file=sys.stderr, flush=True)
     start(name, options)
     return False
 
