@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trl_ext import __version__
+import trl_ext
 from trl_ext.scripts.catalogue import COMMANDS, overview, render
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, launcher: bool = True) -> None:
         return
     name, *flags = arguments
     if name == "--version":
-        print(f"trl_ext {__version__}")
+        print(f"trl_ext {trl_ext.__version__}")
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
