@@ -86,7 +86,8 @@ class FlagParser(TrlParser):
         if "--config" in arguments:
             given = Given(self._config_keys(arguments) | given)
             position = arguments.index("--config") + 1
-            arguments[position] = str(find_config(arguments[position]))
+            found = str(find_config(arguments[position]))
+            arguments = [*arguments[:position], found, *arguments[position + 1 :]]
         elif default_config is not None:
             arguments = ["--config", str(default_config), *arguments]
         try:
