@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 SHOW_TRACEBACK = "TRL_EXT_TRACEBACK"  # environment: 1 shows the traceback of errors that are a user's
 # What this package raises when something that was given is wrong
 KINDS = (ValueError, TypeError, RuntimeError)
-OTHERS_WAIT = 3  # seconds
+OTHERS_WAIT = 10  # seconds
 
 
 def main(arguments: Sequence[str] | None = None, launcher: bool = True) -> None:
