@@ -1,6 +1,6 @@
 """How good a reward model is: accuracy, calibration, length bias, agreement with others; a table and pictures.
 
-`--help` says more; what it does is in trl_ext/scripts/evaluate_reward.py.
+The same as `trl-ext evaluate-reward`; `--help` says more. Its body is trl_ext/scripts/evaluate_reward.py.
 """
 
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from trl_ext.scripts.evaluate_reward import main
+from trl_ext.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("evaluate-reward", sys.argv[1:])

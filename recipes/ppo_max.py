@@ -1,6 +1,6 @@
 """PPO-Max: policy, reference, reward and critic on one frozen base. Without arguments, in an embedded world.
 
-`--help` says more; what it does is in trl_ext/scripts/ppo_max.py.
+The same as `trl-ext ppo-max`; `--help` says more. Its body is trl_ext/scripts/ppo_max.py.
 """
 
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from trl_ext.scripts.ppo_max import main
+from trl_ext.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("ppo-max", sys.argv[1:])

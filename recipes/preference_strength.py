@@ -1,6 +1,6 @@
 """How much several reward models believe each label, and what to do with the doubtful ones.
 
-`--help` says more; what it does is in trl_ext/scripts/preference_strength.py.
+The same as `trl-ext preference-strength`; `--help` says more. Its body is trl_ext/scripts/preference_strength.py.
 """
 
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from trl_ext.scripts.preference_strength import main
+from trl_ext.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("preference-strength", sys.argv[1:])

@@ -1,6 +1,6 @@
 """A reward model from preferences: a LoRA adapter with a scalar head, ready to be PPO-Max's reward role.
 
-`--help` says more; what it does is in trl_ext/scripts/reward_model.py.
+The same as `trl-ext reward-model`; `--help` says more. Its body is trl_ext/scripts/reward_model.py.
 """
 
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from trl_ext.scripts.reward_model import main
+from trl_ext.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("reward-model", sys.argv[1:])

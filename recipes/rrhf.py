@@ -1,6 +1,6 @@
 """RRHF: sample responses, score them, rank them. No critic, no rollout loop, one or two models.
 
-`--help` says more; what it does is in trl_ext/scripts/rrhf.py.
+The same as `trl-ext rrhf`; `--help` says more. Its body is trl_ext/scripts/rrhf.py.
 """
 
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from trl_ext.scripts.rrhf import main
+from trl_ext.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("rrhf", sys.argv[1:])

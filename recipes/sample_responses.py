@@ -1,6 +1,6 @@
 """K responses to every prompt, scored, in a jsonl file that survives being killed: what RRHF trains on.
 
-`--help` says more; what it does is in trl_ext/scripts/sample_responses.py.
+The same as `trl-ext sample`; `--help` says more. Its body is trl_ext/scripts/sample_responses.py.
 """
 
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from trl_ext.scripts.sample_responses import main
+from trl_ext.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("sample", sys.argv[1:])

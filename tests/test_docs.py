@@ -27,13 +27,14 @@ def test_local_links_lead_somewhere(repo_root: Path) -> None:
 
 def test_commands_name_files_that_exist(repo_root: Path) -> None:
     for page in documents(repo_root):
-        for path in re.findall(r"(?:recipes|tests|docs)/[\w/.]+\.(?:py|yaml|md|png)", page.read_text()):
+        for path in re.findall(r"(?:recipes|tests|docs|trl_ext)/[\w/.]+\.(?:py|yaml|md|png)", page.read_text()):
             assert (repo_root / path).exists(), f"{page.name}: {path}"
 
 
 def test_the_readme_gives_the_two_commands_and_ci_runs_the_second(repo_root: Path) -> None:
     readme = (repo_root / "README.md").read_text()
-    assert "pip install -e . -c constraints.txt && accelerate launch recipes/ppo_max.py" in readme
+    assert "pip install -e . -c constraints.txt && trl-ext ppo-max" in readme
+    assert "accelerate launch recipes/ppo_max.py" in readme
     assert 'pip install -e ".[test]" -c constraints.txt && pytest' in readme
     assert re.search(r"^pytest$|^.*\bpytest\b", (repo_root / ".ci" / "run").read_text(), flags=re.M)
 

@@ -40,6 +40,7 @@ ALLOWED = {
     "ppo": BELOW_METHODS,
     "reward": BELOW_METHODS,
     "rrhf": BELOW_METHODS,
+    "__main__": {"scripts"},
     "scripts": BELOW_METHODS | {"ppo", "reward", "rrhf", "memory", "toy"} | set(trl_ext.__all__),
 }
 METHODS = ("ppo", "reward", "rrhf")

@@ -46,7 +46,7 @@ SHORT = ("--max_prompt_length=16", "--max_completion_length=16")
 
 
 def test_the_plan_is_printed_with_the_largest_batches(plan_memory, model: Path, repo_root: Path, capsys) -> None:
-    config = repo_root / "recipes" / "configs" / "qlora_8b.yaml"  # keys of training are passed over
+    config = repo_root / "trl_ext" / "configs" / "qlora_8b.yaml"  # keys of training are passed over
     arguments = (f"--config={config}", f"--model_name_or_path={model}", "--gpu=1GiB", *SHORT)
     plan_memory.main(list(arguments))
     printed = capsys.readouterr().out

@@ -18,7 +18,7 @@ def test_stories_get_happier_at_a_bounded_kl(shared_dir: Path, repo_root: Path, 
     from lexicon_reward import lexicon_reward
 
     prompts = shared_dir / "data" / "tinystories" / "prompts_train.jsonl.gz"
-    settings = yaml.safe_load((repo_root / "recipes" / "configs" / "tinystories.yaml").read_text())
+    settings = yaml.safe_load((repo_root / "trl_ext" / "configs" / "tinystories.yaml").read_text())
     settings = {k: v for k, v in settings.items() if not k.startswith(("lora_", "use_peft"))}
     settings["max_steps"] //= 2
     args = PPOMaxConfig(**settings, output_dir=str(tmp_path), disable_tqdm=True)

@@ -13,6 +13,7 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 
 from trl_ext.scripts import ppo_max
+from trl_ext.scripts.catalogue import COMMANDS
 
 TINY_WORLD = [
     "--world_scale=0.02",
@@ -109,18 +110,19 @@ def test_what_is_missing_is_said_before_anything_is_loaded(arguments: list[str],
 
 
 def test_every_config_file_parses_and_has_a_header(repo_root: Path) -> None:
-    paths = sorted((repo_root / "recipes" / "configs").glob("*.yaml"))
+    paths = sorted((repo_root / "trl_ext" / "configs").glob("*.yaml"))
     assert paths
     for path in paths:
-        recipe = re.search(r"^# .*recipes/(\w+)\.py", path.read_text(), flags=re.M)
-        assert recipe, f"{path.name}: its header names no recipe"
+        command = re.search(r"^# .*trl-ext ([\w-]+)", path.read_text(), flags=re.M)
+        assert command, f"{path.name}: its header names no command"
+        recipe = COMMANDS[command[1]].module.rpartition(".")[2]
         flags = ["--config", str(path), "--output_dir=x"]
         if "paged" in str(yaml.safe_load(path.read_text()).get("optim")):
             flags.append("--optim=adamw_torch")
         if "toy" not in path.name:
             flags += ["--model_name_or_path=x", "--dataset_name=x"]
-            flags += ["--reward_funcs=x"] if recipe[1] in ("ppo_max", "rrhf") else []
-        importlib.import_module(f"trl_ext.scripts.{recipe[1]}").parse(flags)
+            flags += ["--reward_funcs=x"] if recipe in ("ppo_max", "rrhf") else []
+        importlib.import_module(f"trl_ext.scripts.{recipe}").parse(flags)
 
 
 def test_help_names_our_options_and_those_of_trl(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -205,9 +206,13 @@ def make_room(args: Any, step: int) -> None:
 def flush(folder: str | Path) -> None:
     """Force a finished checkpoint to the disk, and its name with it."""
     folder = Path(folder)
-    paths = [*(path for path in folder.rglob("*") if path.is_file()), *(p for p in folder.rglob("*") if p.is_dir())]
-    for path in [*paths, folder, folder.parent]:
-        descriptor = os.open(path, os.O_RDONLY)
+    paths, how = [path for path in folder.rglob("*") if path.is_file()], os.O_RDONLY
+    if sys.platform == "win32":  # where folders cannot be forced, nor files that are open for reading alone
+        how = os.O_RDWR
+    else:
+        paths += [*(path for path in folder.rglob("*") if path.is_dir()), folder, folder.parent]
+    for path in paths:
+        descriptor = os.open(path, how)
         try:
             os.fsync(descriptor)
         finally:

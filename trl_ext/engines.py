@@ -23,11 +23,11 @@ OPTIMIZER_FILES = {  # where each keeps what it goes on from, beside the adapter
     FSDP2: ("optimizer.bin", "pytorch_model_fsdp.bin", "scheduler.pt"),
     ZERO: ("global_step*/*optim_states.pt",),
 }
-WHOLE = "data parallelism, or DeepSpeed stage 2 (recipes/configs/accelerate/zero2_2.yaml)"
+WHOLE = "data parallelism, or DeepSpeed stage 2 (`--config_file zero2_2`)"
 ZERO_3 = (
     "DeepSpeed stage 3 is not served: of a model with adapters `Trainer` then puts together and saves trained weights "
     "only, so that checkpoints would lack the reference and the reward adapter, and processes with fewer passes would "
-    "be waited for forever. FSDP2 splits the same weights: recipes/configs/accelerate/fsdp2_*.yaml; or use stage 2."
+    "be waited for forever. FSDP2 splits the same weights (`--config_file fsdp2_2`); or use stage 2."
 )
 
 

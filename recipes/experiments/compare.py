@@ -4,8 +4,9 @@
 
 needs nothing: it compares in the embedded world, where a gold reward is known. With a model:
 
-    python recipes/experiments/compare.py --config recipes/configs/compare_tinystories.json --output_dir runs/compare \
-        --model_name_or_path MODEL --dataset_name prompts.jsonl.gz --reward_funcs lexicon_reward.py:lexicon_reward
+    python recipes/experiments/compare.py --config recipes/experiments/compare_tinystories.json \
+        --output_dir runs/compare --model_name_or_path MODEL --dataset_name prompts.jsonl.gz \
+        --reward_funcs lexicon_reward.py:lexicon_reward
 
 Each method runs in a process of its own, which is what seconds and peak memory are of; RRHF and DPO share their
 samples, and both are charged for them. What is done is kept in OUTPUT_DIR/results.json: a run that was stopped goes on
@@ -22,7 +23,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
 
-from trl_ext.scripts.parsing import CONFIGS
 from trl_ext.scripts.tables import print_table
 
 LABELS = {
@@ -46,7 +46,7 @@ COLUMNS = {
     "memory": "memory, GiB",
 }
 SHARED = ("rrhf", "dpo")  # train on samples that were made before
-DEFAULTS = CONFIGS / "compare_toy.json"
+DEFAULTS = Path(__file__).with_name("compare_toy.json")
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -76,7 +76,9 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
         if not options.reward_funcs and options.reward_adapter is None:
             parser.error("nothing scores the responses: give --reward_adapter, or --reward_funcs file.py:function.")
         if options.config is None:
-            parser.error("--config is missing: learning rates that suit the model (recipes/configs/compare_*.json).")
+            parser.error(
+                "--config is missing: learning rates that suit the model (recipes/experiments/compare_*.json)."
+            )
     options.settings = json.loads((options.config or DEFAULTS).read_text())
     unknown = set(options.settings) - {*LABELS, "samples", "max_new_tokens", "max_length"}
     if unknown:

@@ -46,7 +46,7 @@ def run(name: str, changes: dict[str, Any], seed: int, folder: Path, prompts: in
     from trl_ext.toy import build_world, gold_reward
 
     world = build_world(folder / "worlds", seed)
-    settings = yaml.safe_load((ROOT / "recipes" / "configs" / "toy.yaml").read_text())
+    settings = yaml.safe_load((ROOT / "trl_ext" / "configs" / "toy.yaml").read_text())
     settings |= {"output_dir": str(folder / "run"), "seed": seed, "disable_tqdm": True, "logging_steps": 1000}
     settings |= {k: v for k, v in changes.items() if k != "fresh_critic"}
     if settings.get("critic_learning_rate") == "policy":

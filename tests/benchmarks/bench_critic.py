@@ -1,7 +1,7 @@
 """Where the critic starts, the reward adapter or nothing: explained variance over the first 20 rollout batches.
 
     python tests/benchmarks/bench_critic.py
-    python tests/benchmarks/bench_critic.py --config recipes/configs/pipeline_tinychat.yaml --model MODEL \
+    python tests/benchmarks/bench_critic.py --config trl_ext/configs/pipeline_tinychat.yaml --model MODEL \
         --reward_adapter ADAPTER --prompts train.jsonl.gz
 
 Without arguments in the embedded world. Everything but the critic's start is equal: model, prompts, seeds, warm-up.
@@ -77,7 +77,7 @@ def draw(results: dict[str, list[list[float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "recipes" / "configs" / "toy.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "trl_ext" / "configs" / "toy.yaml")
     parser.add_argument("--model")
     parser.add_argument("--reward_adapter")
     parser.add_argument("--prompts")

@@ -1,7 +1,7 @@
 """Reward against KL on a real small model: PPO-Max, TRL's RLOO, and TRL 1.12's PPO, the last one.
 
     python tests/benchmarks/bench_learning.py --model MODEL --prompts prompts.jsonl.gz --reward file.py:function \
-        --config recipes/configs/tinystories.yaml --output docs/images/tinystories
+        --config trl_ext/configs/tinystories.yaml --output docs/images/tinystories
 
 Every trainer gets the same number of samples of the same length, from the same prompts, in batches of 32 with 2 passes
 over each, LoRA r=16 on all linear layers. TRL's trainers run at the learning rates of `--rates`, PPO-Max as its config
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--reward", required=True, help="file.py:function")
-    parser.add_argument("--config", default="recipes/configs/tinystories.yaml")
+    parser.add_argument("--config", default="trl_ext/configs/tinystories.yaml")
     parser.add_argument("--output", type=Path, default=Path("learning"))
     parser.add_argument("--samples", type=int, default=1920)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

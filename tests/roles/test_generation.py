@@ -2,15 +2,17 @@
 
 import asyncio
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from tests.layout import packed
 from trl_ext.roles import Role, SharedBaseModel
-from trl_ext.roles.generation import CPU_BATCH_TOKENS, engine_config
+from trl_ext.roles.generation import CPU_BATCH_TOKENS, check_continuous_batching, engine_config
 
 END = 7
 LENGTHS = (3, 5, 9, 1, 4, 4, 2)
@@ -101,6 +103,8 @@ def test_the_limit_ends_with_the_block_also_after_an_error(model):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("role", [Role.POLICY, Role.REFERENCE])
 def test_it_samples_from_the_active_role_and_changes_nothing(make_base, make_adapter, architecture, role):
+    if architecture == "gpt_neox" and transformers.__version__.startswith("5.24."):
+        pytest.skip("refused with this version, see below")
     base = make_base(architecture)
     model = apart(SharedBaseModel(base, make_adapter(base)))
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -192,6 +196,18 @@ def test_missing_completions_are_an_error(model, monkeypatch):
     monkeypatch.setattr(model.get_base_model(), "generate_batch", lambda *args, **kwargs: {})
     with pytest.raises(RuntimeError, match="lost 7 of 7 completions: its log says why"):
         model.generate_batch(prompts(), generation_config=settings(), continuous_batching_config=engine())
+
+
+def test_gpt_neox_is_refused_with_the_version_that_cannot_serve_it_and_no_other(monkeypatch):
+    def base(kind: str) -> SimpleNamespace:
+        return SimpleNamespace(is_backend_compatible=lambda: True, config=SimpleNamespace(model_type=kind))
+
+    monkeypatch.setattr(transformers, "__version__", "5.24.0")
+    with pytest.raises(ValueError, match=r"GPT-NeoX of transformers 5\.24\.0"):
+        check_continuous_batching(base("gpt_neox"))
+    check_continuous_batching(base("llama"))
+    monkeypatch.setattr(transformers, "__version__", "5.23.0")
+    check_continuous_batching(base("gpt_neox"))
 
 
 def test_on_a_cpu_the_cache_is_what_the_requests_can_fill(make_base):

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from datasets import Dataset
 
 import trl_ext
 from trl_ext.scripts import pipeline, ppo_max, reward_model, rrhf
+from trl_ext.scripts.catalogue import COMMANDS
 from trl_ext.toy import build_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,13 +25,16 @@ BODIES = [*sorted((ROOT / "trl_ext" / "scripts").glob("*.py")), *sorted((ROOT / 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_a_few_lines_and_its_body_is_in_the_package(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 20
-    assert f"from trl_ext.scripts.{path.stem} import main" in path.read_text()
-    assert (ROOT / "trl_ext" / "scripts" / path.name).is_file()
+    name = re.search(r'^    run\("([\w-]+)", sys\.argv\[1:\]\)$', path.read_text(), flags=re.M)
+    assert name is not None
+    assert COMMANDS[name[1]].module == f"trl_ext.scripts.{path.stem}"
+    assert f"`trl-ext {name[1]}`" in path.read_text()
 
 
 def test_a_recipe_runs_from_a_clone_that_is_not_installed(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "recipes" / "plan_memory.py"), "--no_such_flag"]
+    environment["TRL_EXT_TRACEBACK"] = "1"
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "--no_such_flag: no such option" in done.stderr
     assert str(ROOT / "trl_ext" / "scripts" / "plan_memory.py") in done.stderr

@@ -9,6 +9,7 @@ What a CPU trace cannot see is added by hand: bitsandbytes' dequantised weights,
 """
 
 import copy
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -206,7 +207,8 @@ class Tracer:
         live.reset_peak()
         ids, mask = _batch(batch, 1)[0], _batch(batch, length)[1]
         with model.role(Role.POLICY):
-            out = model.get_base_model()(ids, attention_mask=mask, past_key_values=filled, use_cache=True)
+            base = model.get_base_model()
+            out = base(ids, attention_mask=mask, use_cache=True, **{_cache_name(base): filled})
         del out
         return before
 
@@ -264,8 +266,13 @@ def _fill(model: SharedBaseModel, live: LiveBytes, batch: int, length: int) -> t
     before = live.now
     with model.role(Role.POLICY):
         base = model.get_base_model()
-        cache_ = base(ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
-    return live.now - before, cache_
+        cache = getattr(base(ids, attention_mask=mask, use_cache=True, logits_to_keep=1), _cache_name(base))
+    return live.now - before, cache
+
+
+def _cache_name(base: Any) -> str:
+    """What a model calls its KV cache, as argument and as output: transformers 5.24 has begun to rename it."""
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
 
 def _drop_grad(parameter: Tensor) -> None:

@@ -4,7 +4,6 @@ Every figure is over all processes unless it says otherwise.
 """
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -166,8 +165,18 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     """Peak memory of this process so far in GiB: allocated on the card, or resident on a CPU."""
     if device.type == "cuda":
         return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    return {"peak_memory_gib": peak_resident_bytes() / 2**30}
+
+
+def peak_resident_bytes() -> int:
+    """The most main memory that this process has had so far."""
+    if sys.platform == "win32":  # which has no `resource`
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def average_over_processes(stats: dict[str, Tensor]) -> dict[str, float]:
@@ -289,6 +298,6 @@ def explained_out_of_memory(args: Any, where: Callable[[], tuple[str, int]], pla
             planned = f" The plan says {plan.phases[phase].allocated / 2**30:.2f} GiB for it."
         raise RuntimeError(
             f"out of memory at step {step}, in the phase {phase}.{planned} Lower "
-            f"{REMEDIES[phase].format(**batches)}. {last_checkpoint(args.output_dir)} recipes/plan_memory.py shows "
+            f"{REMEDIES[phase].format(**batches)}. {last_checkpoint(args.output_dir)} trl-ext plan-memory shows "
             f"what fits, and --auto_batch chooses it. PyTorch says: {error}"
         ) from error

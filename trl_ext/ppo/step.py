@@ -23,6 +23,7 @@ Rows: TypeAlias = Mapping[str, Tensor]
 CRITIC_TARGET = 0.5  # of the critic's squared error: see `critic_distance`
 TOO_FAR = 2.0  # times the target: the step is shortened
 SLOWER, FASTER = 1 / 3, 2.0  # bounds of the rate's change from one update to the next
+LEAP = 8.0  # the upper one where the rate is far too low, for half of the way to what it should be
 SLOWEST, FASTEST = 1e-5, 1e3  # bounds of the rate's factor
 SHORTEST, LONGEST, TRIES = 0.1, 0.7, 6  # bounds of one try to shorten a step, and the number of them
 FLOOR = 1e-6  # distances below are rounding in float32
@@ -72,7 +73,8 @@ class StepControl:
     With d the distance after k of K optimizer steps, and f the largest factor of the schedule in the update:
 
         budget = max(target f^2, noise)
-        rate of the next update: times clip(sqrt(target f^2 / (d (K / k)^2)), 1/3, 2), because d grows with its square
+        rate of the next update: times clip(r, 1/3, max(2, min(r / 2, 8))), r = sqrt(target f^2 / (d (K / k)^2)),
+            because d grows with its square; a role that is never faster than its schedule grows by at most 2
         d > budget: the role rests until the next rollout, if it `rests`
         d > 2 budget: what the update has moved so far is shortened, at first by sqrt(budget / d), until d is within 2
             budgets; after 6 tries it is taken back. Adam's moments stay: they come from gradients before that step.
@@ -201,7 +203,9 @@ class StepControl:
         self.check(measure(), measure)  # a role that rests too: a micro-batch of few rows may have let it rest
         if self.wanted > 0 and self.shortened == 1:
             planned = max(self.distance, TINY) * (self.steps / self.taken) ** 2
-            self.scale = self._bounded(self.scale * min(max(math.sqrt(self.wanted / planned), SLOWER), FASTER))
+            ratio = math.sqrt(self.wanted / planned)
+            fastest = max(FASTER, min(ratio / 2, LEAP)) if self.fastest > 1 else FASTER
+            self.scale = self._bounded(self.scale * min(max(ratio, SLOWER), fastest))
         stats |= {"distance": self.distance, "wanted": self.wanted, "shortened": self.shortened}
         self.begin()
         return stats

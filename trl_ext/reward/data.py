@@ -75,11 +75,11 @@ def check_columns(dataset: Any, name: str, args: RewardModelConfig) -> None:
     if args.margin_column is not None and args.margin_column not in columns:
         raise ValueError(
             f"margin_column={args.margin_column!r} is no column of {name}: it has {sorted(columns)}. "
-            "recipes/preference_strength.py measures `strength_mean`."
+            "trl-ext preference-strength measures `strength_mean`."
         )
     if args.label_smoothing > 0 and args.label_smoothing_on == "suspected" and "suspected" not in columns:
         raise ValueError(
-            f"label_smoothing_on='suspected', but {name} has no column `suspected`. recipes/preference_strength.py "
+            f"label_smoothing_on='suspected', but {name} has no column `suspected`. trl-ext preference-strength "
             "writes one; or use label_smoothing_on='all'."
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
 CPU_BATCH_TOKENS = 512
@@ -73,12 +74,17 @@ def check_continuous_batching(base: Any) -> None:
     Elsewhere (GPT-Neo, GPT-J, Bloom, Falcon) the engine runs without an error and samples from another distribution.
 
     Raises:
-        ValueError: It does not.
+        ValueError: It does not, or this version of transformers cannot.
     """
     if not base.is_backend_compatible():
         raise ValueError(
             f"use_transformers_continuous_batching=True: {type(base).__name__} has an attention of its own, which "
             "knows no paged cache, and would sample from another distribution. Set it to False."
+        )
+    if base.config.model_type == "gpt_neox" and transformers.__version__.startswith("5.24."):
+        raise ValueError(
+            f"use_transformers_continuous_batching=True: GPT-NeoX of transformers {transformers.__version__} takes the "
+            "engine's cache for another and fails. Set it to False, or use transformers 5.23."
         )
 
 

@@ -50,8 +50,7 @@ class PromptArguments:
     reward_adapter: list[str] | None = field(
         default=None,
         metadata={
-            "help": "LoRA adapter of a reward model on the same base (recipes/reward_model.py); "
-            "several are an ensemble."
+            "help": "LoRA adapter of a reward model on the same base (trl-ext reward-model); several are an ensemble."
         },
     )
     reward_funcs: list[str] | None = field(
@@ -62,7 +61,7 @@ class PromptArguments:
 
 @dataclass
 class PPOArguments(WorldArguments, PromptArguments):
-    """What recipes/ppo_max.py needs beside `PPOMaxConfig` and `ModelConfig`."""
+    """What trl-ext ppo-max needs beside `PPOMaxConfig` and `ModelConfig`."""
 
     critic_adapter: str | None = field(default=None, metadata={"help": "Default: a copy of the reward adapter."})
     adapter_dtype: str = field(

@@ -1,10 +1,10 @@
 """How good a reward model is: accuracy, calibration, length bias, agreement with others; a table and pictures.
 
-    accelerate launch recipes/evaluate_reward.py --reward_adapter out/rm [out/rm2 ...] --output_dir out/evaluation \\
+    trl-ext evaluate-reward --reward_adapter out/rm [out/rm2 ...] --output_dir out/evaluation \\
         --dataset_name Anthropic/hh-rlhf --dataset_test_split test
 
 Several adapters of one base are evaluated one by one and as an ensemble; the base is loaded once. Probabilities are
-sigmoid of the difference of raw scores, as the loss has them and as recipes/reward_model.py reports them.
+sigmoid of the difference of raw scores, as the loss has them and as trl-ext reward-model reports them.
 """
 
 import sys
@@ -29,7 +29,7 @@ class EvaluationArguments:
         default_factory=list, metadata={"help": "Adapters of reward models on one base: folders or Hub ids."}
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Preferences: Hub id, folder or file."})
-    dataset_format: str = field(default="auto", metadata={"help": "As in recipes/reward_model.py."})
+    dataset_format: str = field(default="auto", metadata={"help": "As in trl-ext reward-model."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
     dataset_test_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on. Default: test; of a single file all rows."}
@@ -46,9 +46,9 @@ def parse(arguments: list[str]) -> tuple[EvaluationArguments, ModelConfig, Given
     Raises:
         ValueError: No adapter, no dataset, or a flag that this recipe cannot honour.
     """
-    recipe, model_args, given = FlagParser((EvaluationArguments, ModelConfig), __doc__).parse(arguments)
+    recipe, model_args, given = FlagParser((EvaluationArguments, ModelConfig), "evaluate-reward").parse(arguments)
     if not recipe.reward_adapter:
-        raise ValueError("--reward_adapter is missing: one or several adapters that recipes/reward_model.py saved.")
+        raise ValueError("--reward_adapter is missing: one or several adapters that trl-ext reward-model saved.")
     if recipe.dataset_name is None:
         raise ValueError("--dataset_name is missing: preferences by Hub id, folder or file.")
     if recipe.batch_size < 1:

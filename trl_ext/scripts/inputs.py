@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from trl_ext.data import deduplicate, has_splits, load_preferences, load_split
 from trl_ext.scripts.arguments import PreferenceArguments, PromptArguments, WorldArguments
+from trl_ext.scripts.running import printer
 from trl_ext.text import check_prompts
 
 TOY_PAIRS, TOY_TEST_PAIRS = 2560, 1000
@@ -179,7 +180,10 @@ def toy_world(recipe: WorldArguments, training: Any) -> Any:
     from trl_ext.toy import build_world
 
     seed = training.seed if recipe.world_seed is None else recipe.world_seed
-    return build_world(Path(training.output_dir) / "world", seed, scale=recipe.world_scale)
+    folder = Path(training.output_dir) / "world"
+    kept = "loading the one that is there" if any(folder.glob("world-*")) else "building one: some minutes on a CPU"
+    printer()(f"No --model_name_or_path, so this is the embedded world, in {folder} ({kept}).", flush=True)
+    return build_world(folder, seed, scale=recipe.world_scale)
 
 
 def toy_preferences(recipe: WorldArguments, training: Any) -> tuple[Any, Dataset, Dataset]:

@@ -1,6 +1,6 @@
 """The whole road: preferences -> reward models -> PPO-Max -> do held-out reward models prefer the tuned answers?
 
-    python recipes/pipeline.py --config recipes/configs/pipeline_tinychat.yaml --model_name_or_path MODEL \\
+    trl-ext pipeline --config pipeline_tinychat --model_name_or_path MODEL \\
         --dataset_name train.jsonl.gz --dataset_test_name test.jsonl.gz --output_dir runs/pipeline
 
 1. M reward adapters on one base, each with its own start and order of the data (`output_dir/reward/member_1`, ...).
@@ -32,7 +32,7 @@ from trl_ext.roles.adapters import WEIGHTS_FILE
 from trl_ext.scripts.arguments import PreferenceArguments, check_model_flags
 from trl_ext.scripts.inputs import load_preference_splits
 from trl_ext.scripts.models import config_options, fresh_adapter, fresh_reward_model, load_causal_base, tokenizer_of
-from trl_ext.scripts.parsing import CONFIGS, FlagParser, Given, read_config
+from trl_ext.scripts.parsing import FlagParser, Given, read_config
 from trl_ext.scripts.running import (
     check_output_dir,
     checkpoint_to_resume,
@@ -57,7 +57,7 @@ class PipelineArguments(PreferenceArguments):
         default=None, metadata={"help": "LoRA adapter the policy starts from and stays near. Default: a fresh one."}
     )
     reward_config: str = field(
-        default=str(CONFIGS / "reward_tinychat.yaml"), metadata={"help": "Options of RewardModelConfig, a yaml file."}
+        default="reward_tinychat", metadata={"help": "Options of RewardModelConfig: a yaml file, or the name of one."}
     )
     reward_dir: str | None = field(
         default=None, metadata={"help": "Where reward adapters are, or go. Default: `output_dir/reward`."}
@@ -73,7 +73,7 @@ def parse(arguments: list[str]) -> tuple[PipelineArguments, PPOMaxConfig, ModelC
     Raises:
         ValueError: No model, fewer than two reward models, or a flag that this recipe cannot honour.
     """
-    parser = FlagParser((PipelineArguments, PPOMaxConfig, ModelConfig), __doc__)
+    parser = FlagParser((PipelineArguments, PPOMaxConfig, ModelConfig), "pipeline")
     recipe, training, model_args, given = parser.parse(arguments)
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the model that is tuned, by Hub id or folder.")
@@ -82,7 +82,7 @@ def parse(arguments: list[str]) -> tuple[PipelineArguments, PPOMaxConfig, ModelC
     if recipe.judged_prompts < 1:
         raise ValueError(f"--judged_prompts {recipe.judged_prompts}: judge at least 1.")
     if training.ptx_coef > 0:
-        raise ValueError(f"--ptx_coef {training.ptx_coef}: this recipe has no texts for it. recipes/ppo_max.py has.")
+        raise ValueError(f"--ptx_coef {training.ptx_coef}: this recipe has no texts for it. trl-ext ppo-max has.")
     given.refuse(["reward_weights"], "the first reward adapter scores, and no function. Drop it.")
     check_model_flags(given, model_args)  # beside a --policy_adapter the LoRA flags are those of the reward adapters
     return recipe, training, model_args, given

@@ -1,9 +1,9 @@
 """What a PPO run needs on a card, phase by phase, from the model's configuration alone: nothing is loaded.
 
-    python recipes/plan_memory.py --config recipes/configs/qlora_8b.yaml --gpu 24GB \
+    trl-ext plan-memory --config qlora_8b --gpu 24GB \
         --model_name_or_path meta-llama/Llama-3.1-8B
 
-Takes the options of recipes/ppo_max.py that change the memory, by flag or from its config file.
+Takes the options of trl-ext ppo-max that change the memory, by flag or from its config file.
 """
 
 import sys
@@ -67,7 +67,7 @@ def parse(arguments: list[str]) -> tuple[PlanArguments, ModelConfig, Given]:
     Raises:
         ValueError: A flag that is no option here, or that the plan cannot honour.
     """
-    parser = FlagParser((PlanArguments, ModelConfig), __doc__, passed_over=(PPOArguments, PPOMaxConfig))
+    parser = FlagParser((PlanArguments, ModelConfig), "plan-memory", passed_over=(PPOArguments, PPOMaxConfig))
     plan, model_args, given = parser.parse(arguments)
     if model_args.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a Hub id, or a folder with a config.json.")
@@ -148,7 +148,7 @@ def setup_of(plan: PlanArguments, config: Any, model_args: Any, given: Given) ->
 
 
 def plan_of_run(recipe: PPOArguments, training: PPOMaxConfig, model_args: Any, given: Given, dataset: Any) -> Any:
-    """The plan of a run of recipes/ppo_max.py; with `--auto_batch` its batches are set to what fits.
+    """The plan of a run of trl-ext ppo-max; with `--auto_batch` its batches are set to what fits.
 
     Nobody asks for a plan without `--auto_batch`: where there can be none, a printed line says why, and the run goes
     on. None too for a base that is quantised already, which the plan does not know.

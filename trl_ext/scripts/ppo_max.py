@@ -1,11 +1,11 @@
 """PPO-Max: policy, reference, reward and critic on one frozen base.
 
-    accelerate launch recipes/ppo_max.py
+    trl-ext ppo-max
 
 needs nothing: it builds a small world with a known gold reward (a tiny model, an SFT adapter, a reward adapter learned
 from noisy preferences) and trains in it, on a CPU, in minutes. With a model and a dataset it is a real run:
 
-    accelerate launch recipes/ppo_max.py --config recipes/configs/qlora_8b.yaml --output_dir out \\
+    trl-ext ppo-max --config qlora_8b --output_dir out \\
         --model_name_or_path meta-llama/Llama-3.1-8B --policy_adapter me/llama-sft --reward_adapter me/llama-rm \\
         --dataset_name me/prompts
 
@@ -30,9 +30,10 @@ from trl_ext.scripts.arguments import (
     check_world_flags,
     names_of,
 )
+from trl_ext.scripts.configs import CONFIGS
 from trl_ext.scripts.inputs import first_prompts, load_prompts, load_reward_functions, toy_world
 from trl_ext.scripts.models import config_options, load_policy, quantization_of, tokenizer_of
-from trl_ext.scripts.parsing import CONFIGS, FlagParser, Given, names_a_model
+from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
 from trl_ext.scripts.running import (
     EvaluationAtStart,
     SeededEvaluation,
@@ -55,7 +56,7 @@ def parse(arguments: list[str]) -> tuple[PPOArguments, PPOMaxConfig, ModelConfig
     Raises:
         ValueError: A flag that there is not, or that this run cannot honour.
     """
-    parser = FlagParser((PPOArguments, PPOMaxConfig, ModelConfig), __doc__)
+    parser = FlagParser((PPOArguments, PPOMaxConfig, ModelConfig), "ppo-max")
     default = None if names_a_model(arguments) else CONFIGS / "toy.yaml"
     recipe, training, model_args, given = parser.parse(arguments, default)
     check_flags(recipe, training, model_args, given)

@@ -1,15 +1,15 @@
 """How much several reward models believe each label, and what to do with the doubtful ones.
 
-    accelerate launch recipes/preference_strength.py --policy flip --share 0.2
+    trl-ext preference-strength --policy flip --share 0.2
 
 trains M reward adapters one after another on one base, each with its own start and order of the data, scores every
 training pair with each of them, writes mean and spread of the difference into the dataset, and flips, smooths, drops or
 margins the suspicious part. Without a model it does so in the embedded world. Real data:
 
-    accelerate launch recipes/preference_strength.py --config recipes/configs/reward_qlora_8b.yaml \\
+    trl-ext preference-strength --config reward_qlora_8b \\
         --model_name_or_path meta-llama/Llama-3.1-8B --dataset_name Anthropic/hh-rlhf --output_dir out/strength
 
-The dataset in `output_dir/dataset` is what `recipes/reward_model.py --dataset_name` takes; members that are done are
+The dataset in `output_dir/dataset` is what `trl-ext reward-model --dataset_name` takes; members that are done are
 loaded when the recipe runs again.
 """
 
@@ -28,8 +28,9 @@ from trl_ext.scripts.arguments import (
     check_world_flags,
     names_of,
 )
+from trl_ext.scripts.configs import CONFIGS
 from trl_ext.scripts.models import fresh_reward_model
-from trl_ext.scripts.parsing import CONFIGS, FlagParser, Given, names_a_model
+from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
 from trl_ext.scripts.reward_model import load_inputs
 from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, without_traceback, write_json
 from trl_ext.scripts.tables import last_text, print_table
@@ -62,7 +63,7 @@ def parse(arguments: list[str]) -> tuple[StrengthArguments, RewardModelConfig, M
     """
     from trl_ext.reward.strength import ACTIONS
 
-    parser = FlagParser((StrengthArguments, RewardModelConfig, ModelConfig), __doc__)
+    parser = FlagParser((StrengthArguments, RewardModelConfig, ModelConfig), "preference-strength")
     default = None
     if not names_a_model(arguments):
         default = CONFIGS / "reward_toy.yaml"
@@ -147,4 +148,4 @@ def main(arguments: list[str] | None = None) -> None:
     if len(judged) < len(train):
         print(f"{len(train) - len(judged)} rows that cannot be used were left out; the tables above say why.")
     print(f"dataset          {folder / 'dataset'}")
-    print(f"train on it      recipes/reward_model.py --dataset_name {folder / 'dataset'}{NEXT_STEP[recipe.policy]}")
+    print(f"train on it      trl-ext reward-model --dataset_name {folder / 'dataset'}{NEXT_STEP[recipe.policy]}")

@@ -1,10 +1,10 @@
 """A reward model from preferences: a LoRA adapter with a scalar head, ready to be PPO-Max's reward role.
 
-    accelerate launch recipes/reward_model.py
+    trl-ext reward-model
 
 needs nothing: it trains on noisy preferences of the embedded world and is tested against the gold reward. Real data:
 
-    accelerate launch recipes/reward_model.py --config recipes/configs/reward_qlora_8b.yaml --output_dir out/rm \\
+    trl-ext reward-model --config reward_qlora_8b --output_dir out/rm \\
         --model_name_or_path meta-llama/Llama-3.1-8B --dataset_name Anthropic/hh-rlhf --dataset_test_split test
 
 Every option of RewardModelConfig and of TRL's ModelConfig is a flag (`--help`); `--config x.yaml` sets defaults.
@@ -25,9 +25,10 @@ from trl_ext.scripts.arguments import (
     check_world_flags,
     names_of,
 )
+from trl_ext.scripts.configs import CONFIGS
 from trl_ext.scripts.inputs import load_preference_splits, toy_preferences
 from trl_ext.scripts.models import fresh_reward_model, load_causal_base, tokenizer_of
-from trl_ext.scripts.parsing import CONFIGS, FlagParser, Given, names_a_model
+from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
 from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, without_traceback, write_json
 from trl_ext.scripts.tables import plot_run, print_table
 
@@ -43,7 +44,7 @@ def parse(arguments: list[str]) -> tuple[RecipeArguments, RewardModelConfig, Mod
     Raises:
         ValueError: A flag that there is not, or that this run cannot honour.
     """
-    parser = FlagParser((RecipeArguments, RewardModelConfig, ModelConfig), __doc__)
+    parser = FlagParser((RecipeArguments, RewardModelConfig, ModelConfig), "reward-model")
     default = None if names_a_model(arguments) else CONFIGS / "reward_toy.yaml"
     recipe, training, model_args, given = parser.parse(arguments, default)
     check_world_flags(given, model_args.model_name_or_path is None, *names_of(PreferenceArguments))
@@ -102,5 +103,5 @@ def report(trainer: Any, scores: dict[str, Any], results: dict[str, Any]) -> Non
     plot_run(trainer.state.log_history, panels, folder / "training.png")
     print_table(f"Reward model on {len(scores['rows']):,} test pairs", ("", "value"), result_rows(results))
     print(f"reward adapter   {folder}\npictures         {', '.join(path.name for path in pictures)}, training.png")
-    print(f"use it with      recipes/ppo_max.py --reward_adapter {folder}")
+    print(f"use it with      trl-ext ppo-max --reward_adapter {folder}")
     print(f'load it with     AutoPeftModelForSequenceClassification.from_pretrained("{folder}", num_labels=1)')

@@ -1,15 +1,15 @@
 """RRHF: sample responses, score them, rank them. No critic, no rollout loop, one or two models.
 
-    accelerate launch recipes/rrhf.py
+    trl-ext rrhf
 
 needs nothing: it builds a small world with a known gold reward, samples four responses to each prompt from its SFT
 policy, scores them by its reward adapter and tunes the policy on the ranking, on a CPU, in minutes. A real run:
 
-    accelerate launch recipes/rrhf.py --config recipes/configs/rrhf_8b.yaml --output_dir out \\
+    trl-ext rrhf --config rrhf_8b --output_dir out \\
         --model_name_or_path meta-llama/Llama-3.1-8B --policy_adapter me/llama-sft --reward_adapter me/llama-rm \\
         --dataset_name me/prompts
 
-A dataset with the columns `responses` and `scores` (recipes/sample_responses.py makes one) is trained on as it is; for
+A dataset with the columns `responses` and `scores` (trl-ext sample makes one) is trained on as it is; for
 one with prompts only, responses are sampled first, or during training with `--online_every_steps`,
 `--online_every_pass`. Every option of RRHFConfig, SamplingConfig and of TRL's ModelConfig is a flag (`--help`).
 """
@@ -33,9 +33,10 @@ from trl_ext.scripts.arguments import (
     check_world_flags,
     names_of,
 )
+from trl_ext.scripts.configs import CONFIGS
 from trl_ext.scripts.inputs import first_prompts, load_prompts, load_reward_functions, toy_world
 from trl_ext.scripts.models import config_options, load_policy, tokenizer_of
-from trl_ext.scripts.parsing import CONFIGS, FlagParser, Given, names_a_model
+from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
 from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, without_traceback, write_json
 from trl_ext.scripts.sample_responses import show_report
 from trl_ext.scripts.tables import before_and_after, plot_run, print_pairs, print_table
@@ -65,7 +66,7 @@ def parse(arguments: list[str]) -> tuple[RecipeArguments, RRHFConfig, SamplingCo
     Raises:
         ValueError: A flag that there is not, or that this run cannot honour.
     """
-    parser = FlagParser((RecipeArguments, RRHFConfig, SamplingConfig, ModelConfig), __doc__)
+    parser = FlagParser((RecipeArguments, RRHFConfig, SamplingConfig, ModelConfig), "rrhf")
     default = None if names_a_model(arguments) else CONFIGS / "rrhf_toy.yaml"
     recipe, training, sampling, model_args, given = parser.parse(arguments, default)
     check_flags(recipe, training, model_args, given)

@@ -98,6 +98,12 @@ class ProgressWithMetrics(ProgressCallback):
         super().__init__()
         self.shown = shown
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        bar: Any = self.training_bar
+        if bar is not None:
+            bar.set_description("training", refresh=False)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         bar: Any = self.training_bar
         if bar is not None and logs:

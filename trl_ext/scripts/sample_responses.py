@@ -1,6 +1,6 @@
 """K responses to every prompt, scored, in a jsonl file that survives being killed: what RRHF trains on.
 
-    python recipes/sample_responses.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl \\
+    trl-ext sample --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl \\
         --reward_funcs my_rewards.py:reward --sampling_methods temperature:3 diverse:3 --output responses.jsonl
 
 Start it again with the same options to go on where it stopped. `--response_columns human chosen` ranks responses that
@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> tuple[SampleArguments, SamplingConfig, ModelC
     Raises:
         ValueError: What is missing, or a flag that this recipe cannot honour.
     """
-    parser = FlagParser((SampleArguments, SamplingConfig, ModelConfig), __doc__)
+    parser = FlagParser((SampleArguments, SamplingConfig, ModelConfig), "sample")
     recipe, sampling, model_args, given = parser.parse(arguments)
     for name, value in (
         ("model_name_or_path", model_args.model_name_or_path),

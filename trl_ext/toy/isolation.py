@@ -19,18 +19,21 @@ def quiet_console() -> Iterator[None]:
     """Hide what a toy training would print beside its own progress bar.
 
     That is the progress bars of `datasets` (tokenizing, filtering) and `transformers` (reading and writing weights),
-    and the warnings that `gradient_checkpointing` will be called `activation_checkpointing`: TRL's own code uses the
-    name of today.
+    the latter's report that the base's checkpoint has no score head, and the warnings that `gradient_checkpointing`
+    will be called `activation_checkpointing`: TRL's own code uses the name of today.
     """
     datasets_shown = datasets.is_progress_bar_enabled()
     transformers_shown = transformers.utils.logging.is_progress_bar_enabled()
+    verbosity = transformers.utils.logging.get_verbosity()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated", category=FutureWarning)
             yield
     finally:
+        transformers.utils.logging.set_verbosity(verbosity)
         if datasets_shown:
             datasets.enable_progress_bars()
         if transformers_shown:
