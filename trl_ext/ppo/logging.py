@@ -4,8 +4,6 @@ Every figure is over all processes unless it says otherwise.
 """
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,8 @@ from trl_ext.ops.masking import masked_mean_var
 from trl_ext.ppo.losses import explained_variance
 from trl_ext.ppo.rollout import Rollout
 from trl_ext.report.cards import card_header, course_table, whole_card
+from trl_ext.report.machine import peak_memory_gib
+from trl_ext.report.recorder import RunRecorder
 from trl_ext.roles import Role
 from trl_ext.runs import last_checkpoint
 
@@ -163,11 +163,9 @@ def reward_metrics(names: list[str], per_function: Tensor, role_scores: Tensor |
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process so far in GiB: allocated on the card, or resident on a CPU."""
-    if device.type == "cuda":
-        return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    """Peak memory of this process so far, GiB; nothing where it is not known."""
+    peak = peak_memory_gib(device)
+    return {} if peak is None else {"peak_memory_gib": peak}
 
 
 def average_over_processes(stats: dict[str, Tensor]) -> dict[str, float]:
@@ -196,6 +194,48 @@ def log_samples(logs: dict[str, Any], names: Sequence[str], rollout: Rollout) ->
     logs["rewards"]["total"].extend(gather(rollout.scores).tolist())
     lengths = rollout.completion_mask.sum(1).clamp(min=1)
     logs["advantages"].extend(gather(rollout.advantages.sum(1) / lengths).tolist())
+
+
+def keep_samples(
+    recorder: RunRecorder, names: Sequence[str], rollout: Rollout, args: Any, step: int | None = None
+) -> None:
+    """Give the samples of a rollout to what writes the run down: of an evaluation all, of all processes; else a few.
+
+    Args:
+        names: Of the reward functions.
+        args: `PPOMaxConfig`.
+        step: Optimizer steps so far; None: it is a part of an evaluation.
+    """
+    if step is None:
+        recorder.evaluated(gather_object(sample_rows(names, rollout, range(len(rollout.prompts)))))
+    else:
+        count = len(rollout.prompts)
+        recorder.sampled(lambda rows: sample_rows(names, rollout, rows), count, step, args.steps_per_update)
+
+
+def sample_rows(names: Sequence[str], rollout: Rollout, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Prompt, completion and figures of some of this process's completions; sums are over the tokens, in nats."""
+    mask = rollout.completion_mask.bool()
+    columns = {"reward": rollout.scores, "tokens": mask.sum(1), "nll": -torch.where(mask, rollout.logps, 0.0).sum(1)}
+    if rollout.reference_logps is not None:
+        columns["reference_nll"] = -torch.where(mask, rollout.reference_logps, 0.0).sum(1)
+        columns["kl"] = columns["reference_nll"] - columns["nll"]
+    sources = dict(zip(names, rollout.per_function.T, strict=True))
+    if rollout.role_scores is not None:
+        sources["reward_role"] = rollout.role_scores
+    figures = {name: column.tolist() for name, column in columns.items()}
+    rewards = {name: column.tolist() for name, column in sources.items()}
+    truncated = rollout.truncated.tolist()
+    return [
+        {
+            "prompt": rollout.prompts[i],
+            "completion": rollout.completions[i],
+            **{name: values[i] for name, values in figures.items()},
+            "truncated": truncated[i],
+            "rewards": {name: values[i] for name, values in rewards.items()},
+        }
+        for i in rows
+    ]
 
 
 def take_reports(

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_ext.engines import check_engine
-from trl_ext.report.cards import write_card
 from trl_ext.roles import (
     Role,
     SharedBaseModel,
@@ -261,13 +260,6 @@ class RRHFTrainer(RoleTrainer):
         found = self.running_means["eval"].take(self._sum, self.accelerator.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
-
-    def create_model_card(  # type: ignore[override]
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Our card, where `push_to_hub` would write the Trainer's over it."""
-        if self.is_world_process_zero():
-            write_card(str(self.args.output_dir), self._card(model_name, dataset_name, tags))
 
     def _card(self, *named: Any) -> str:
         """The card as text; `named` are the arguments of `create_model_card`."""

@@ -35,6 +35,7 @@ from trl_ext.scripts.models import config_options, load_policy, quantization_of,
 from trl_ext.scripts.parsing import CONFIGS, FlagParser, Given, names_a_model
 from trl_ext.scripts.running import (
     EvaluationAtStart,
+    HeldOutSamples,
     SeededEvaluation,
     first_evaluation,
     printer,
@@ -212,6 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     training.eval_on_start = training.eval_on_start or "eval_on_start" not in given
     trainer = Trainer(args=training, **inputs)
     trainer.add_callback(EvaluationAtStart())
+    trainer.add_callback(HeldOutSamples(trainer, inputs["eval_dataset"]))
     shown = {"reward": "reward", "rewards/gold_reward/mean": "gold", "kl": "kl", "beta": "beta"}
     show_progress(trainer, shown | {"explained_variance": "critic"})
     if plan is not None:
@@ -228,6 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
         after = trainer.evaluate()
     if trainer.is_world_process_zero():
         report(trainer, inputs["eval_dataset"], after, toy)
+    trainer.create_model_card()  # with what the evaluation has found
     if stopped is not None:
         raise SystemExit(stopped if trainer.is_world_process_zero() else 1)
     if training.push_to_hub:
@@ -260,5 +263,6 @@ def report(trainer: Any, prompts: Any, after: dict[str, float], toy: bool) -> No
         print(f"best policy      step {best['step']:.0f}, reward {best['reward']:.3g}; of the last one {last:.3g}")
     print(f"policy adapter   {folder}\ncritic adapter   {folder / 'critic'}")
     print(f"reward adapter   {folder / 'reward'}" if (folder / "reward").is_dir() else "", end="\n")
+    print(f"report           {folder / 'report.html'}" if trainer.args.write_report else "", end="\n")
     print(f"curves           {folder / 'training.png'}")
     print(f'load it with     AutoPeftModelForCausalLM.from_pretrained("{folder}")')

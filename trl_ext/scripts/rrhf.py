@@ -222,13 +222,17 @@ def main(arguments: list[str] | None = None) -> None:
         "max_new_tokens": sampling.max_new_tokens,
         "seed": training.seed,
         "gold": gold_reward if toy else None,
+        "keep": trainer.recorder.evaluated,
     }
     prompts = test.remove_columns([name for name in (*RESPONSES, "truncated") if name in test.column_names])
     show("Evaluating the policy before training ...", flush=True)
     before = evaluate_policy(model, encoder, prompts, scorer, **settings)
+    trainer.recorder.end_evaluation(step=0)
     trainer.train(resume_from_checkpoint=resume)
     show("Evaluating the policy after training ...", flush=True)
     after = evaluate_policy(model, encoder, prompts, scorer, **settings)
+    trainer.recorder.end_evaluation(trainer.state.global_step)
+    trainer.recorder.write_report()
     trainer.save_model()
     if trainer.is_world_process_zero():
         report(trainer, before, after, prompts)
@@ -247,5 +251,7 @@ def report(
     labels = [(label, key, f"{key}_std") for key, label in LABELS.items() if key in before[0]]
     print_table("Before and after RRHF", ("", "before", "after"), before_and_after(labels, before[0], after[0]))
     print_pairs(prompts[:SAMPLES]["prompt"], before[1][:SAMPLES], after[1][:SAMPLES], "response")
+    trainer.create_model_card()
     print(f"policy adapter   {folder}\npicture          {folder / 'training.png'}")
+    print(f"report           {folder / 'report.html'}" if trainer.args.write_report else "", end="\n")
     print(f'load it with     AutoPeftModelForCausalLM.from_pretrained("{folder}")')
