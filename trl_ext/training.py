@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from trl_ext.checkpoints import NotWrittenError, checkpoints_of, explained_writing, make_room
 from trl_ext.engines import EngineCallback, is_fsdp, resume_from, zero_stage
-from trl_ext.report.cards import write_card
+from trl_ext.report.cards import CardFacts, write_card
 from trl_ext.report.recorder import RunRecorder
 from trl_ext.roles.role import Role
 from trl_ext.roles.sharding import is_sharded, whole_weights
@@ -67,6 +67,7 @@ class RoleTrainer(Trainer):
     stop: StopSignals
     guard: RunGuard
     recorder: RunRecorder
+    dataset_name: str | None = None  # of the training data, for the card
     _card: Callable[..., str]  # the card as text; its arguments are those of `create_model_card`
     save_beside: Callable[[Path], None] | None = None  # what else a checkpoint holds; its state is still its last file
     _name: str  # of the method
@@ -185,6 +186,15 @@ class RoleTrainer(Trainer):
         """Our card, where `push_to_hub` and every checkpoint would write TRL's, or the `Trainer`'s, over it."""
         if self.is_world_process_zero():
             write_card(str(self.args.output_dir), self._card(model_name, dataset_name, tags))
+
+    def card_facts(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> CardFacts:
+        """What a card of any method says of the run; the arguments are those of `create_model_card`."""
+        args, base = self.args, str(self.model.get_base_model().name_or_path)  # type: ignore[union-attr]
+        folder = Path(str(args.output_dir)) if self.recorder.begun else None
+        named = (model_name, dataset_name or self.dataset_name, tags)
+        return CardFacts(args, base, self.state.log_history, folder, self.identity.facts, *named)
 
     def evaluate(
         self,

@@ -1,4 +1,4 @@
-"""What a run leaves behind: figures, sample completions, the model card, and words for a card that was too small.
+"""What a run leaves behind: figures, sample completions, and words for a card that was too small.
 
 Every figure is over all processes unless it says otherwise.
 """
@@ -17,14 +17,11 @@ from torch import Tensor
 from trl_ext.ops.masking import masked_mean_var
 from trl_ext.ppo.losses import explained_variance
 from trl_ext.ppo.rollout import Rollout
-from trl_ext.report.cards import card_header, course_table, whole_card
 from trl_ext.report.machine import peak_memory_gib
 from trl_ext.report.recorder import RunRecorder
 from trl_ext.roles import Role
 from trl_ext.runs import last_checkpoint
 
-COURSE = ("step", "reward", "kl", "beta", "perplexity", "completions/mean_length", "explained_variance")
-TAGS = ("ppo", "rlhf", "lora", "trl", "trl_ext")
 REMEDIES = {
     "generate": "per_device_generate_batch_size (now {generate}), or max_completion_length",
     "score": "per_device_score_batch_size (now {score})",
@@ -259,43 +256,6 @@ def take_reports(
     columns.clear()
     metrics.clear()
     return cells, means
-
-
-# ---------------------------------------------------------------------- the model card
-
-
-def model_card(
-    base: str,
-    others: Sequence[str],
-    args: Any,
-    history: Sequence[dict[str, Any]],
-    model_name: str | None = None,
-    dataset_name: str | None = None,
-    tags: str | list[str] | None = None,
-) -> str:
-    """Markdown with a Hub header: base, method, the options that differ from their defaults, the course of the run.
-
-    Args:
-        base: Hub id or folder of the base.
-        others: Names of the adapters saved beside the policy.
-        args: Configuration of the run.
-        history: Its logs.
-        model_name, dataset_name, tags: As in `Trainer.create_model_card`.
-    """
-    body = [
-        f"A LoRA adapter on `{base}`, trained by PPO-Max "
-        "([arXiv 2307.04964](https://huggingface.co/papers/2307.04964)) with trl_ext.",
-        "",
-        "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "",
-        'policy = AutoPeftModelForCausalLM.from_pretrained("this repository")',
-        "```",
-        "",
-        f"Beside the policy: {', '.join(f'`{name}/`' for name in others)}.",
-    ]
-    header = card_header(base, "text-generation", TAGS, tags, dataset_name)
-    return whole_card(args, header, model_name, body, course_table(history, COURSE, "reward"))
 
 
 # ---------------------------------------------------------------------- out of memory

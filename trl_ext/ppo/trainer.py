@@ -14,6 +14,7 @@ from trl_ext.generation.from_trl import Completions, complete
 from trl_ext.ppo import logging
 from trl_ext.ppo.beside import BesideTheLoop
 from trl_ext.ppo.callback import PPOStateCallback
+from trl_ext.ppo.card import model_card
 from trl_ext.ppo.config import PPOMaxConfig
 from trl_ext.ppo.data import PTXBatches, check_inputs, ptx_batches
 from trl_ext.ppo.guard import completion_figures
@@ -366,11 +367,13 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, RLOOTrainer):
     def _restart(self, micro_batches: int) -> None:  # with a fresh rollout, so many micro-batches into the run
         self._step, self._buffered_inputs = micro_batches, None
 
-    def _card(self, *named: Any) -> str:
-        """The card as text; `named` are the arguments of `create_model_card`."""
+    def _card(self, *named: Any) -> str:  # type: ignore[override]
         others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
-        base = str(self.model.get_base_model().name_or_path)
-        return logging.model_card(base, others, self.args, self.state.log_history, *named)
+        weights = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
+        sources = [f"`{name}`, weight {weight:g}" for name, weight in weights]
+        if self.model.has_role(Role.REWARD):
+            sources.insert(0, f"a reward adapter on the same base, weight {self.args.reward_role_weight:g}")
+        return model_card(self.card_facts(*named), others, sources)
 
     def _next_ptx(self) -> dict[str, Tensor]:
         assert self._ptx is not None

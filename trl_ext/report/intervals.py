@@ -67,20 +67,15 @@ def compare(
         raise ValueError(f"{name}: {len(x)} values before and {len(y)} after cannot be compared in pairs.")
 
     def mean(values: np.ndarray) -> np.ndarray:
-        """(..., N) or (..., N, 2) -> (...)."""
+        """(..., N), or (..., N, 2) -> (...)."""
         if not ratio:
             return values.mean(-1)
         return np.exp(values[..., 0].sum(-1) / np.maximum(values[..., 1].sum(-1), 1))
 
     found: Any = (None, None, None)
     if len(x) >= FEWEST:
-        generator = np.random.default_rng(SEED)
-        first, second = [], []
-        for _ in range(RESAMPLES):
-            drawn = generator.integers(0, len(x), len(x))
-            first.append(mean(x[drawn]))
-            second.append(mean(y[drawn]))
-        a, b = np.array(first), np.array(second)
+        drawn = np.random.default_rng(SEED).integers(0, len(x), (RESAMPLES, len(x)))
+        a, b = mean(x[drawn]), mean(y[drawn])
         found = tuple(_interval(each) for each in (a, b, b - a))
     return Change(name, len(x), float(mean(x)), float(mean(y)), *found, better=better)
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
+METRICS, SAMPLES, RUN, REPORT = "metrics.jsonl", "samples.jsonl", "run.json", "report.html"
+CURVE = "learning_curve.png"
+FORMAT = 1  # of these files
 # Legal in JSON, but many readers end a line at them; and halves of pairs, which no UTF-8 file can hold
 ESCAPED = re.compile("[\ud800-\udfff\u2028\u2029\u0085]")
 

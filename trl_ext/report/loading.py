@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl_ext.report.lines import Line, read_lines
-from trl_ext.report.recorder import FORMAT, METRICS, RUN, SAMPLES
+from trl_ext.report.lines import FORMAT, METRICS, RUN, SAMPLES, Line, read_lines
 from trl_ext.report.samples import latest_of
 
 

@@ -17,13 +17,23 @@ from transformers import TrainerCallback
 
 from trl_ext.checkpoints import explained_writing
 from trl_ext.report import machine
-from trl_ext.report.lines import JsonLines, Line, as_json, read_lines, strict, write_whole
+from trl_ext.report.lines import (
+    CURVE,
+    FORMAT,
+    METRICS,
+    REPORT,
+    RUN,
+    SAMPLES,
+    JsonLines,
+    Line,
+    as_json,
+    read_lines,
+    strict,
+    write_whole,
+)
 from trl_ext.report.samples import is_moment, keyed, some_of
 
 LOGGER = logging.getLogger(__name__)
-METRICS, SAMPLES, RUN, REPORT = "metrics.jsonl", "samples.jsonl", "run.json", "report.html"
-CURVE = "learning_curve.png"
-FORMAT = 1
 
 
 class RunRecorder(TrainerCallback):

@@ -297,10 +297,8 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
             logger.warning("%s: %s", name, report)
         return tokenized
 
-    def _card(self, *named: Any) -> str:
-        """The card as text; `named` are the arguments of `create_model_card`."""
-        base, scale = str(self.model.get_base_model().name_or_path), self.model.scale
-        return model_card(base, scale, self.evaluation, self.args, self.state.log_history, *named)
+    def _card(self, *named: Any) -> str:  # type: ignore[override]
+        return model_card(self.card_facts(*named), self.model.scale, self.evaluation)
 
 
 class _ScaleOfScores(TrainerCallback):

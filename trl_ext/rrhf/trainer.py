@@ -261,11 +261,12 @@ class RRHFTrainer(RoleTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
-    def _card(self, *named: Any) -> str:
-        """The card as text; `named` are the arguments of `create_model_card`."""
+    def _card(self, *named: Any) -> str:  # type: ignore[override]
         others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
-        base = str(self.model.get_base_model().name_or_path)
-        return model_card(base, others, self.args, self.state.log_history, *named)
+        sources = [f"`{name}`" for name in self.identity.facts.get("reward_funcs", [])]
+        if self.model.has_role(Role.REWARD):
+            sources.insert(0, f"a reward adapter on the same base, weight {self.args.reward_role_weight:g}")
+        return model_card(self.card_facts(*named), others, sources)
 
     # ------------------------------------------------------------------ details
 

@@ -212,6 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
         inputs, plan = real_inputs(recipe, training, model_args, given)
     training.eval_on_start = training.eval_on_start or "eval_on_start" not in given
     trainer = Trainer(args=training, **inputs)
+    trainer.dataset_name = recipe.dataset_name
     trainer.add_callback(EvaluationAtStart())
     trainer.add_callback(HeldOutSamples(trainer, inputs["eval_dataset"]))
     shown = {"reward": "reward", "rewards/gold_reward/mean": "gold", "kl": "kl", "beta": "beta"}

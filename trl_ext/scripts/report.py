@@ -3,8 +3,8 @@
     python recipes/report.py runs/toy
     python recipes/report.py runs/a runs/b --output comparison.html
 
-A run is the output_dir of a training. The page is one HTML file that needs no network; a training writes its own when it
-ends, so this is for several runs, for one that goes on, and for one that was killed.
+A run is the output_dir of a training. The page is one HTML file that needs no network. A training writes its own when
+it ends, so this is for several runs, for one that goes on, and for one that was killed.
 """
 
 import argparse

@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     base, tokenizer, train, test = load_inputs(recipe, training, model_args)
     model = fresh_reward_model(base, model_args)
     trainer = RewardModelTrainer(model, training, train, test, processing_class=tokenizer)
+    trainer.dataset_name = recipe.dataset_name
     show_progress(trainer, {"loss": "loss", "accuracy": "accuracy", "margin": "margin"})
     trainer.train(resume_from_checkpoint=resume)
     show("Scoring the test pairs ...", flush=True)

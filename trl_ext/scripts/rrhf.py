@@ -217,6 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     online: Any = {"reward_funcs": functions or None} if training.online else {}
     held_out = test if training.eval_strategy != "no" else None
     trainer = RRHFTrainer(model, training, train, held_out, processing_class=tokenizer, **online)
+    trainer.dataset_name = recipe.dataset_name
     show_progress(trainer, {"loss": "loss", "ranking_accuracy": "accuracy", "kl": "kl", "reward": "reward"})
     settings: Any = {
         "max_new_tokens": sampling.max_new_tokens,
