@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup, escape
 
 from trl_ext.report.curves import draw, reward_against_kl, short
 from trl_ext.report.intervals import RESAMPLES, Change, changes
@@ -71,7 +72,7 @@ def render(runs: Sequence[RunFiles]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "visible": visible, "interval": interval, "when": when}
+    environment.filters |= {"words": words, "number": number, "visible": visible, "interval": interval, "when": when}
     pictures = [draw(panel, runs) for panel in _panels(runs)]
     frontier = reward_against_kl(runs)
     context = {
@@ -281,6 +282,11 @@ def shared_prompts(runs: Sequence[RunFiles]) -> list[tuple[str, list[tuple[str, 
 def visible(text: Any) -> str:
     """A text whose control characters can be seen, and which fits any encoding."""
     return CONTROL.sub(lambda match: TABLE[ord(match[0])], str(text)).encode("utf-8", "replace").decode()
+
+
+def words(text: str) -> Markup:
+    """A text of this package's, in which `this` is code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def cut(text: str) -> str:

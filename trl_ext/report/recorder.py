@@ -165,11 +165,12 @@ class RunRecorder(TrainerCallback):
             self.begun = self.training = True
             self._begin(state, _sessions_of(self.folder / RUN) if goes_on else [])
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not self.writes or logs is None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.writes or not state.log_history:
             return
         entry = len(state.log_history) - 1 if self.begun else None
-        line = {"entry": entry, "step": state.global_step, "time": round(time.time(), 3), **logs}
+        # Not `logs`: callbacks that print them take some out
+        line = {"entry": entry, "step": state.global_step, "time": round(time.time(), 3), **state.log_history[-1]}
         if self.begun:
             told = self._new_alarms()
             with explained_writing(self.folder):

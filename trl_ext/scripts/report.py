@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     from trl_ext.report.page import write_page
 
     output = Path(given.output or (Path(given.runs[0]) / ONE if len(given.runs) == 1 else SEVERAL))
-    if output.is_dir() or not output.parent.is_dir():
+    if given.output and (output.is_dir() or not output.parent.is_dir()):
         raise SystemExit(f"--output {output}: name a file in a folder that there is.")
     try:
         path = write_page(given.runs, output)
