@@ -64,7 +64,7 @@ def test_the_page_has_every_part(page):
     assert {"Seconds by phase", "Memory"} <= set(reader.texts)
     assert "kl_high" in text
     assert "raise beta" in text
-    assert "95 % intervals" in text
+    assert "95 % interval" in text
     assert "40 of 40 held-out prompts" in text
     assert reader.elements.count("svg") == text.count("Healthy:") + 2 + 1  # two curves have no range; one is of the KL
 
@@ -86,12 +86,11 @@ def test_hostile_texts_are_texts(tmp_path):
     page = render([load_run(write_run(tmp_path / "run<b>&", hostile=True))])
     reader = Reader(page)
     assert "script" not in reader.elements
-    assert "b" not in {reader.elements[i] for i, text in enumerate(reader.elements) if text == "b" and i < 3}
-    shown = HOSTILE.replace("\x00", "\u2400")
+    shown = HOSTILE.replace("\x00", "\u2400").replace("\u202e", "[U+202E]")
     texts = "".join(reader.texts)
     assert texts.count(shown) >= 4  # prompt, answers, command, identity
     assert "run<b>&" in texts
-    assert "\x00" not in page
+    assert not set("\x00\u202e") & set(page)
 
 
 def test_a_run_of_two_thousand_steps_is_below_three_megabytes_and_says_that_curves_are_thinned(tmp_path):
@@ -115,8 +114,8 @@ def test_runs_are_compared(tmp_path, folder):
     page = render([load_run(folder), load_run(other)])
     text = " ".join(" ".join(Reader(page).texts).split())
     assert "2 runs compared" in text
-    assert "a-run: reward" in text
-    assert "b-run: reward" in text
+    assert "a-run: policy" in text
+    assert "b-run: policy" in text
     assert "Options in which the runs differ" in text
     assert "40 prompts that every run was evaluated on" in text
 

@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from trl_ext.report.loading import RunFiles, load_run
 from trl_ext.report.panels import Panel
 
-POINTS, PATH = 300, 25  # of one curve; of more, neighbours are drawn together
+POINTS, BESIDE, PATH = 300, 60, 25  # of one curve; of more, neighbours are drawn together
 SIZE, WIDE = (4.0, 2.25), (5.6, 3.4)
 INSIDE = (0.125, 0.195, 0.86, 0.73)  # of the figure; a layout that is measured would take half of the time
 # Colours that the page replaces: `svg_text`. Six are for series, as in page.css
@@ -80,8 +80,7 @@ def thin(points: Sequence[tuple[int, float]], most: int = POINTS) -> tuple[np.nd
 
 def draw(panel: Panel, runs: Sequence[RunFiles]) -> Drawn:
     """One panel, of one run or of several over each other; of several the colour is the run's."""
-    figure = Figure(figsize=SIZE)
-    axis = figure.add_axes(INSIDE)
+    figure, axis = _figure(SIZE)
     legend: list[Legend] = []
     notes: list[str] = []
     if panel.stacked and len(runs) == 1:
@@ -99,6 +98,12 @@ def draw(panel: Panel, runs: Sequence[RunFiles]) -> Drawn:
     return Drawn(panel, svg_text(figure, f"{panel.title}: {panel.caption}"), legend if len(legend) > 1 else [], notes)
 
 
+def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """A figure that lets the page's ground through."""
+    figure = Figure(figsize=size, facecolor="none")
+    return figure, figure.add_axes(INSIDE, facecolor="none")
+
+
 def _lines(axis: Axes, panel: Panel, runs: Sequence[RunFiles], legend: list[Legend], notes: list[str]) -> None:
     many = len(runs) > 1
     for r, run in enumerate(runs):
@@ -107,15 +112,17 @@ def _lines(axis: Axes, panel: Panel, runs: Sequence[RunFiles], legend: list[Lege
             if not points:
                 continue
             color, dash = (r, s) if many else (s, 0)
-            steps, means, low, high = thin(points)
+            steps, means, low, high = thin(points, BESIDE if many else POINTS)
             if len(steps) < len(points):
-                axis.fill_between(steps, low, high, color=SERIES[color % 6], alpha=0.18, linewidth=0)
+                shade = {"alpha": 0.1 if many else 0.18, "linewidth": 0}
+                axis.fill_between(steps, low, high, color=SERIES[color % 6], **shade)
                 note = f"{len(points):,} logged values are drawn as {len(steps)} means; the shade is from the smallest "
                 notes += [f"{note}to the largest of each."] if not notes else []
             marker = "." if len(steps) == 1 else ""
             line = {"color": SERIES[color % 6], "linewidth": 1.5, "linestyle": DASHES[dash % 4], "marker": marker}
             axis.plot(steps, means, **line)
-            legend.append(Legend(color % 6, dash % 4, False, f"{run.name}: {label}" if many else label))
+            name = run.name if len(panel.series) == 1 else f"{run.name}: {label}"
+            legend.append(Legend(color % 6, dash % 4, False, name if many else label))
         for s, (name, label) in enumerate(panel.evaluated.items()):
             points = run.values(name)
             if not points:
@@ -201,8 +208,7 @@ def short(value: float) -> str:
 
 def reward_against_kl(runs: Sequence[RunFiles]) -> Drawn | None:
     """The course of each run as reward over KL, a light point at its beginning; None where one of them is missing."""
-    figure = Figure(figsize=WIDE)
-    axis = figure.add_axes(INSIDE)
+    figure, axis = _figure(WIDE)
     legend = []
     for r, run in enumerate(runs):
         rows = [(line["kl"], line["reward"]) for line in run.metrics if _both(line, "kl", "reward")]
@@ -211,12 +217,19 @@ def reward_against_kl(runs: Sequence[RunFiles]) -> Drawn | None:
         ]
         color = SERIES[r % 6]
         if rows:
-            dots, path = (_means(np.array(rows), most) for most in (POINTS, PATH))
+            dots, path = (_means(np.array(rows), most) for most in (POINTS, max(1, min(PATH, len(rows) // 4))))
             strength = np.linspace(0.15, 0.75, len(dots))
             axis.scatter(dots[:, 0], dots[:, 1], s=10, c=[color] * len(dots), alpha=strength, linewidths=0)
             axis.plot(path[:, 0], path[:, 1], color=color, linewidth=1.6)
             legend.append(
-                Legend(r % 6, 0, False, run.name if len(runs) > 1 else "rollout batches, the first ones light; means of neighbours as a line")
+                Legend(
+                    r % 6,
+                    0,
+                    False,
+                    run.name
+                    if len(runs) > 1
+                    else "rollout batches, the first ones light; means of neighbours as a line",
+                )
             )
         if held_out:
             kl, reward = zip(*held_out, strict=True)
@@ -240,7 +253,7 @@ def reward_against_kl(runs: Sequence[RunFiles]) -> Drawn | None:
 
 def _means(rows: np.ndarray, most: int) -> np.ndarray:
     """(N, 2) -> means of at most so many groups of neighbours."""
-    return np.array([part.mean(0) for part in np.array_split(rows, min(len(rows), most))])
+    return np.array([part.mean(0) for part in np.array_split(rows, most if len(rows) > most else len(rows))])
 
 
 def _both(line: Mapping[str, Any], *names: str) -> bool:

@@ -24,9 +24,9 @@ from trl_ext.report.samples import text_of
 SHOWN, TRAINING_SHOWN = 40, 40  # samples in the browser, and completions of the training
 LONGEST = 3000  # characters of a text in it
 MOST_RUNS = 6  # as many as there are colours
-# Control characters are drawn, as pictures of themselves; line breaks and tabs do what they do
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
-TABLE = {i: chr(0x2400 + i) for i in range(32)} | {0x7F: "\u2421"}
+# Control characters are shown as signs; line breaks and tabs do what they do
+# and those that turn the direction of a text, which would let it read as another one
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass
@@ -79,6 +79,7 @@ def render(runs: Sequence[RunFiles]) -> str:
         "runs": [_facts(run, i) for i, run in enumerate(runs)],
         "many": len(runs) > 1,
         "pictures": pictures,
+        "thinned": list(dict.fromkeys(note for picture in pictures for note in picture.notes)),
         "frontier": frontier,
         "last": last_values(runs),
         "differences": differences(runs) if len(runs) > 1 else [],
@@ -281,7 +282,12 @@ def shared_prompts(runs: Sequence[RunFiles]) -> list[tuple[str, list[tuple[str, 
 
 def visible(text: Any) -> str:
     """A text whose control characters can be seen, and which fits any encoding."""
-    return CONTROL.sub(lambda match: TABLE[ord(match[0])], str(text)).encode("utf-8", "replace").decode()
+
+    def seen(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return chr(0x2400 + code) if code < 32 else f"[U+{code:04X}]"
+
+    return CONTROL.sub(seen, str(text)).encode("utf-8", "replace").decode()
 
 
 def words(text: str) -> Markup:

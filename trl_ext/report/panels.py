@@ -232,7 +232,7 @@ COMMON = (
     Panel(
         "Seconds by phase",
         {"seconds/generate": "generate", "seconds/score": "score", "seconds/update": "update"},
-        "Of a rollout batch, one on the other, on the main process.",
+        "Of a rollout batch, on the main process.",
         zero=True,
         stacked=True,
     ),

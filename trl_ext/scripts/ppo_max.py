@@ -123,7 +123,7 @@ def real_inputs(
     from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
 
     functions = load_reward_functions(recipe.reward_funcs, training.reward_weights)
-    train, test = load_prompts(recipe)
+    train, test = load_prompts(recipe, printer())
     test = first_prompts(test, recipe.eval_prompts)
     ptx = load_split(recipe.ptx_dataset_name) if recipe.ptx_dataset_name is not None else None
     config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))

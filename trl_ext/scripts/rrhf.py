@@ -122,7 +122,7 @@ def real_inputs(
         ValueError: No dataset, nothing that scores, or data that cannot be trained on.
     """
     functions = load_reward_functions(recipe.reward_funcs, training.reward_weights)
-    train, test = load_prompts(recipe)
+    train, test = load_prompts(recipe, printer())
     if set(train.column_names) >= RESPONSES:
         names = set(names_of(SamplingConfig)) - {"max_new_tokens"}
         why = f"{recipe.dataset_name} has responses and scores, so none are sampled. Drop it."
