@@ -20,6 +20,7 @@ class RunFiles:
         metrics: Lines of `metrics.jsonl`, in order.
         evaluations: step -> key -> sample (`samples.latest_of`).
         training: Samples of the training, in order.
+        pairs: Test pairs of a reward model with both scores, in order.
         notes: What is missing or broken, in words for a reader.
     """
 
@@ -28,6 +29,7 @@ class RunFiles:
     metrics: list[Line] = field(default_factory=list)
     evaluations: dict[int, dict[str, Line]] = field(default_factory=dict)
     training: list[Line] = field(default_factory=list)
+    pairs: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -93,9 +95,15 @@ def load_run(folder: str | Path) -> RunFiles:
     samples = _lines(run, SAMPLES, "There are no samples, and no intervals before and after.")
     run.evaluations = latest_of(samples)
     run.training = [line for line in samples if line.get("kind") == "training"]
+    run.pairs = [line for line in samples if line.get("kind") == "pair" and is_number(_lead(line))]
     if run.info.get("outcome") == "running":
         run.notes.append("The run has not written its end: it is going on, or it was killed.")
     return run
+
+
+def _lead(pair: Line) -> float | None:
+    scores = pair.get("chosen_score"), pair.get("rejected_score")
+    return scores[0] - scores[1] if all(map(is_number, scores)) else None  # type: ignore[operator]
 
 
 def _info(run: RunFiles) -> dict[str, Any]:

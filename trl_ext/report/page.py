@@ -118,6 +118,8 @@ def _facts(run: RunFiles, index: int) -> dict[str, Any]:
         "all_samples": len(samples),
         "training": [_training_sample(line) for line in _spread(run.training, TRAINING_SHOWN)],
         "all_training": len(run.training),
+        "pairs": most_wrong(run),
+        "all_pairs": len(run.pairs),
         "options": options(run),
         "duration": duration(run.info),
     }
@@ -222,6 +224,17 @@ def figures(line: Line) -> list[tuple[str, str]]:
         found[1:1] = list(rewards.items())
     shown = [(name, number(value)) for name, value in found if is_number(value)]
     return [*shown, ("cut", "yes")] if line.get("truncated") is True else shown
+
+
+def most_wrong(run: RunFiles) -> list[dict[str, Any]]:
+    """Test pairs of a reward model, those first whose rejected response it prefers most."""
+    pairs = sorted(run.pairs, key=lambda pair: pair["chosen_score"] - pair["rejected_score"])[:SHOWN]
+    return [
+        {name: cut(text_of(pair.get(name))) for name in ("prompt", "chosen", "rejected")}
+        | {"lead": pair["chosen_score"] - pair["rejected_score"]}
+        | {f"{name}_score": number(pair[f"{name}_score"]) for name in ("chosen", "rejected")}
+        for pair in pairs
+    ]
 
 
 def _training_sample(line: Line) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from trl_ext.report.lines import (
     strict,
     write_whole,
 )
-from trl_ext.report.samples import is_moment, keyed, some_of
+from trl_ext.report.samples import EVALUATED, is_moment, keyed, some_of
 
 LOGGER = logging.getLogger(__name__)
 
@@ -112,6 +112,12 @@ class RunRecorder(TrainerCallback):
             kept = rows(some_of(count, self.args.seed, step))
             with explained_writing(self.folder):
                 self.samples.append([{"kind": "training", "step": step, **row} for row in kept])
+
+    def scored(self, pairs: Sequence[Line], step: int) -> None:
+        """Keep test pairs of a reward model: `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score`."""
+        if self.writes and self.begun:
+            with explained_writing(self.folder):
+                self.samples.append([{"kind": "pair", "step": step, **pair} for pair in pairs[:EVALUATED]])
 
     def failed(self, error: BaseException, step: int) -> None:
         """Write down that training has ended with an error."""

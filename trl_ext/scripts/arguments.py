@@ -43,8 +43,8 @@ class PromptArguments:
     dataset_test_name: str | None = field(
         default=None,
         metadata={
-            "help": "Prompts to evaluate on. Default: `dataset_name` with `--dataset_test_split`; without that, a tenth "
-            "of the prompts, at most 1,000, by a hash of the prompt, which are then not trained on."
+            "help": "Prompts to evaluate on. Default: `dataset_name` with `--dataset_test_split`; without that, a "
+            "tenth of the prompts, at most 1,000, by a hash of the prompt, which are then not trained on."
         },
     )
     dataset_test_split: str | None = field(

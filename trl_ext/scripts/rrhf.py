@@ -254,5 +254,6 @@ def report(
     print_pairs(prompts[:SAMPLES]["prompt"], before[1][:SAMPLES], after[1][:SAMPLES], "response")
     trainer.create_model_card()
     print(f"policy adapter   {folder}\npicture          {folder / 'training.png'}")
-    print(f"report           {folder / 'report.html'}" if trainer.args.write_report else "", end="\n")
+    if trainer.args.write_report:
+        print(f"report           {folder / 'report.html'}")
     print(f'load it with     AutoPeftModelForCausalLM.from_pretrained("{folder}")')
