@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.ppo import tiny
-from tests.report.made import HOSTILE, write_run
+from tests.report.made import write_run
 from trl_ext import PPOMaxConfig
 from trl_ext.report.cards import CardFacts, CardKind, changed_options, fenced, whole_card, write_card
 

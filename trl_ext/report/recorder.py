@@ -4,6 +4,7 @@ One process writes, the main one. After a kill the files hold what had happened;
 first removes what came after it.
 """
 
+import json
 import logging
 import sys
 import time
@@ -152,6 +153,7 @@ class RunRecorder(TrainerCallback):
     # ------------------------------------------------------------------ events of the training
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        identity = self.identity()  # of a sharded model every process must ask
         if not self.writes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +171,7 @@ class RunRecorder(TrainerCallback):
             alarms = [alarm for line in metrics for alarm in line.get("alarms", [])]
             self._told = {(alarm.get("step"), alarm.get("alarm")) for alarm in alarms}
             self.begun = self.training = True
-            self._begin(state, _sessions_of(self.folder / RUN) if goes_on else [])
+            self._begin(state, identity, _sessions_of(self.folder / RUN) if goes_on else [])
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.writes or not state.log_history:
@@ -207,7 +209,7 @@ class RunRecorder(TrainerCallback):
 
     # ------------------------------------------------------------------ run.json
 
-    def _begin(self, state: Any, sessions: list[dict[str, Any]]) -> None:
+    def _begin(self, state: Any, identity: dict[str, Any], sessions: list[dict[str, Any]]) -> None:
         args = self.args
         sessions.append({"started": _now(), "from_step": state.global_step, "outcome": "running"})
         self.run = {
@@ -222,7 +224,7 @@ class RunRecorder(TrainerCallback):
             "ended": None,
             "steps": {"planned": state.max_steps, "done": state.global_step},
             "sessions": sessions,
-            "identity": self.identity(),
+            "identity": identity,
             "versions": machine.versions(),
             "hardware": machine.hardware(args.device, args.world_size),
             "memory": {"planned_gib": None, "measured_gib": None},
@@ -295,8 +297,6 @@ def _lines_of(path: Path) -> list[Line]:
 
 def _sessions_of(path: Path) -> list[dict[str, Any]]:
     """Earlier parts of a run, from a file that another process has written; one that was killed has said no more."""
-    import json
-
     try:
         sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -264,7 +264,7 @@ def report(trainer: Any, prompts: Any, after: dict[str, float], toy: bool) -> No
         print(f"best policy      step {best['step']:.0f}, reward {best['reward']:.3g}; of the last one {last:.3g}")
     print(f"policy adapter   {folder}\ncritic adapter   {folder / 'critic'}")
     print(f"reward adapter   {folder / 'reward'}" if (folder / "reward").is_dir() else "", end="\n")
-    if trainer.args.write_report:
+    if (folder / "report.html").is_file():
         print(f"report           {folder / 'report.html'}")
     print(f"curves           {folder / 'training.png'}")
     print(f'load it with     AutoPeftModelForCausalLM.from_pretrained("{folder}")')

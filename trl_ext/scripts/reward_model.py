@@ -117,7 +117,7 @@ def report(trainer: Any, scores: dict[str, Any], results: dict[str, Any]) -> Non
     plot_run(trainer.state.log_history, panels, folder / "training.png")
     print_table(f"Reward model on {len(scores['rows']):,} test pairs", ("", "value"), result_rows(results))
     print(f"reward adapter   {folder}\npictures         {', '.join(path.name for path in pictures)}, training.png")
-    if trainer.args.write_report:
+    if (folder / "report.html").is_file():
         print(f"report           {folder / 'report.html'}")
     print(f"use it with      recipes/ppo_max.py --reward_adapter {folder}")
     print(f'load it with     AutoPeftModelForSequenceClassification.from_pretrained("{folder}", num_labels=1)')

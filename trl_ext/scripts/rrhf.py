@@ -254,6 +254,6 @@ def report(
     print_pairs(prompts[:SAMPLES]["prompt"], before[1][:SAMPLES], after[1][:SAMPLES], "response")
     trainer.create_model_card()
     print(f"policy adapter   {folder}\npicture          {folder / 'training.png'}")
-    if trainer.args.write_report:
+    if (folder / "report.html").is_file():
         print(f"report           {folder / 'report.html'}")
     print(f'load it with     AutoPeftModelForCausalLM.from_pretrained("{folder}")')
