@@ -58,7 +58,7 @@ def seen(folder: Path, *flags: str, width: int = 1240) -> dict:
         [*command, (folder / "around.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
     assert "CONSOLE" not in done.stderr, done.stderr
-    found = re.search(r"RESULT(.*)END", done.stdout, re.DOTALL)
+    found = re.search(r"<pre>RESULT(.*)END</pre>", done.stdout, re.DOTALL)
     assert found
     return json.loads(re.sub("&(lt|gt|amp);", lambda m: {"lt": "<", "gt": ">", "amp": "&"}[m[1]], found[1]))
 

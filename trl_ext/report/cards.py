@@ -6,6 +6,7 @@ A card is published: it names no folder of the machine that wrote it, and no set
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,10 @@ def _value(value: Any) -> Any:
     """As a table shows it; of a path the last part."""
     if isinstance(value, str) and Path(value).is_absolute():
         return Path(value).name
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
     return "null" if value is None else value
 
 
