@@ -24,7 +24,7 @@ def card_of(folder: Path, **facts) -> str:
     history = [{"step": i, "reward": float(i)} for i in range(3)]
     facts = {"base": "someone/base-1b", "facts": {"rows of train_dataset": 5000}} | facts
     return whole_card(
-        CardFacts(config(folder, chat_template_path=None), history=history, folder=folder, **facts),
+        CardFacts(config(folder), history=history, folder=folder, **facts),
         KIND,
         ["What it is."],
         "`gold_reward`, weight 1",

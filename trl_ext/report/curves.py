@@ -178,7 +178,8 @@ def _alarms(axis: Axes, run: RunFiles) -> None:
 def _axes(axis: Axes, panel: Panel) -> None:
     if panel.zero:
         low, high = axis.get_ylim()
-        axis.set_ylim(min(0.0, low) if low < -0.02 * high else 0.0, high if high > 0 else 1.0)
+        drawn = axis.dataLim.y0  # where the axis ends below it by a margin alone, it begins at 0
+        axis.set_ylim(0.0 if drawn >= 0 else low, high if axis.dataLim.y1 > 0 else 1.0)
     _plain(axis)
 
 

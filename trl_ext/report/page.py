@@ -72,7 +72,14 @@ def render(runs: Sequence[RunFiles]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"words": words, "number": number, "visible": visible, "interval": interval, "when": when}
+    environment.filters |= {
+        "words": words,
+        "last_part": last_part,
+        "number": number,
+        "visible": visible,
+        "interval": interval,
+        "when": when,
+    }
     pictures = [draw(panel, runs) for panel in _panels(runs)]
     frontier = reward_against_kl(runs)
     context = {
@@ -301,6 +308,11 @@ def visible(text: Any) -> str:
         return chr(0x2400 + code) if code < 32 else f"[U+{code:04X}]"
 
     return CONTROL.sub(seen, str(text)).encode("utf-8", "replace").decode()
+
+
+def last_part(name: str) -> str:
+    """Of a folder its own name; a Hub id stays as it is."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def words(text: str) -> Markup:
