@@ -49,7 +49,7 @@ class Change:
 
 
 def compare(
-    name: str, before: Sequence[float], after: Sequence[float], better: bool | None = None, ratio: bool = False
+    name: str, before: Sequence[Any], after: Sequence[Any], better: bool | None = None, ratio: bool = False
 ) -> Change:
     """Means of paired values, and intervals by resampling the pairs.
 
@@ -72,12 +72,12 @@ def compare(
             return values.mean(-1)
         return np.exp(values[..., 0].sum(-1) / np.maximum(values[..., 1].sum(-1), 1))
 
-    found: Any = (None, None, None)
+    found: list[tuple[float, float] | None] = [None, None, None]
     if len(x) >= FEWEST:
         drawn = np.random.default_rng(SEED).integers(0, len(x), (RESAMPLES, len(x)))
         a, b = mean(x[drawn]), mean(y[drawn])
-        found = tuple(_interval(each) for each in (a, b, b - a))
-    return Change(name, len(x), float(mean(x)), float(mean(y)), *found, better=better)
+        found = [_interval(each) for each in (a, b, b - a)]
+    return Change(name, len(x), float(mean(x)), float(mean(y)), found[0], found[1], found[2], better)
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
@@ -97,7 +97,7 @@ def changes(before: Mapping[str, Line], after: Mapping[str, Line]) -> list[Chang
     def column(name: str, value: Callable[[Line], Any], better: bool | None) -> list[Change]:
         rows = [(value(before[key]), value(after[key])) for key in keys]
         rows = [(x, y) for x, y in rows if is_number(x) and is_number(y)]
-        return [compare(name, *zip(*rows, strict=True), better=better)] if rows else []
+        return [compare(name, [x for x, _ in rows], [y for _, y in rows], better)] if rows else []
 
     found = column("reward", lambda row: row.get("reward"), True)
     names = list(dict.fromkeys(name for key in keys for name in (before[key].get("rewards") or {})))
@@ -112,7 +112,7 @@ def changes(before: Mapping[str, Line], after: Mapping[str, Line]) -> list[Chang
         pairs = [tuple((row.get(key), row.get("tokens")) for row in both) for both in rows]
         pairs = [both for both in pairs if all(is_number(value) for row in both for value in row)]
         if pairs:
-            found.append(compare(name, *zip(*pairs, strict=True), ratio=True))  # type: ignore[arg-type]
+            found.append(compare(name, [x for x, _ in pairs], [y for _, y in pairs], ratio=True))
     return found
 
 
