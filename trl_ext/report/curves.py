@@ -32,7 +32,7 @@ SERIES = tuple(f"#0a000{i}" for i in range(1, 7))
 CLASSES = {INK: "--ink", FAINT: "--rule", ALARM: "--alarm", ACT: "--act", BEST: "--best"}
 CLASSES |= {color: f"--s{i}" for i, color in enumerate(SERIES, start=1)}
 DASHES = ("solid", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
-RC = {"svg.fonttype": "none", "axes.formatter.useoffset": False, "axes.unicode_minus": True}
+RC: Any = {"svg.fonttype": "none", "axes.formatter.useoffset": False, "axes.unicode_minus": True}
 MARKED = 20  # alarms that get a number
 
 
@@ -90,8 +90,8 @@ def draw(panel: Panel, runs: Sequence[RunFiles]) -> Drawn:
     if len(runs) == 1:
         _range(axis, panel, runs[0])
         _alarms(axis, runs[0])
-    targets = {panel.line(run.configuration) for run in runs} - {None}
-    for target in targets:
+    targets = {panel.line(run.configuration) for run in runs}
+    for target in (each for each in targets if each is not None):
         axis.axhline(target, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
     _axes(axis, panel)
     axis.set_xlabel("optimizer step")
@@ -114,12 +114,17 @@ def _lines(axis: Axes, panel: Panel, runs: Sequence[RunFiles], legend: list[Lege
             color, dash = (r, s) if many else (s, 0)
             steps, means, low, high = thin(points, BESIDE if many else POINTS)
             if len(steps) < len(points):
-                shade = {"alpha": 0.1 if many else 0.18, "linewidth": 0}
+                shade: dict[str, Any] = {"alpha": 0.1 if many else 0.18, "linewidth": 0}
                 axis.fill_between(steps, low, high, color=SERIES[color % 6], **shade)
                 note = f"{len(points):,} logged values are drawn as {len(steps)} means; the shade is from the smallest "
                 notes += [f"{note}to the largest of each."] if not notes else []
             marker = "." if len(steps) == 1 else ""
-            line = {"color": SERIES[color % 6], "linewidth": 1.5, "linestyle": DASHES[dash % 4], "marker": marker}
+            line: dict[str, Any] = {
+                "color": SERIES[color % 6],
+                "linewidth": 1.5,
+                "linestyle": DASHES[dash % 4],
+                "marker": marker,
+            }
             axis.plot(steps, means, **line)
             name = run.name if len(panel.series) == 1 else f"{run.name}: {label}"
             legend.append(Legend(color % 6, dash % 4, False, name if many else label))
@@ -129,7 +134,7 @@ def _lines(axis: Axes, panel: Panel, runs: Sequence[RunFiles], legend: list[Lege
                 continue
             color = r if many else s
             steps, means, _, _ = thin(points)
-            marks = {"marker": "o", "markersize": 4.5, "linestyle": "none", "markeredgewidth": 1.2}
+            marks: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linestyle": "none", "markeredgewidth": 1.2}
             axis.plot(steps, means, color=SERIES[color % 6], markerfacecolor="none", **marks)
             legend.append(Legend(color % 6, 0, True, f"{run.name}: {label}" if many else label))
 
@@ -168,7 +173,7 @@ def _alarms(axis: Axes, run: RunFiles) -> None:
             continue
         color = ACT if alarm.get("act") else ALARM
         axis.axvline(alarm["step"], color=color, linewidth=0.9, alpha=0.9)
-        text = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 7}
+        text: dict[str, Any] = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 7}
         axis.text(alarm["step"], 1.0, str(number), color=color, **text)
     best = run.info.get("best_policy")
     if isinstance(best, dict) and isinstance(best.get("step"), int | float):
@@ -210,7 +215,7 @@ def short(value: float) -> str:
 def reward_against_kl(runs: Sequence[RunFiles]) -> Drawn | None:
     """The course of each run as reward over KL, a light point at its beginning; None where one of them is missing."""
     figure, axis = _figure(WIDE)
-    legend = []
+    legend: list[Legend] = []
     for r, run in enumerate(runs):
         rows = [(line["kl"], line["reward"]) for line in run.metrics if _both(line, "kl", "reward")]
         held_out = [
@@ -219,7 +224,7 @@ def reward_against_kl(runs: Sequence[RunFiles]) -> Drawn | None:
         color = SERIES[r % 6]
         if rows:
             dots, path = (_means(np.array(rows), most) for most in (POINTS, max(1, min(PATH, len(rows) // 4))))
-            strength = np.linspace(0.15, 0.75, len(dots))
+            strength: Any = np.linspace(0.15, 0.75, len(dots))
             axis.scatter(dots[:, 0], dots[:, 1], s=10, c=[color] * len(dots), alpha=strength, linewidths=0)
             axis.plot(path[:, 0], path[:, 1], color=color, linewidth=1.6)
             legend.append(
@@ -234,7 +239,7 @@ def reward_against_kl(runs: Sequence[RunFiles]) -> Drawn | None:
             )
         if held_out:
             kl, reward = zip(*held_out, strict=True)
-            marks = {"marker": "o", "markersize": 6, "linestyle": "none", "markeredgewidth": 1.5}
+            marks: dict[str, Any] = {"marker": "o", "markersize": 6, "linestyle": "none", "markeredgewidth": 1.5}
             axis.plot(kl, reward, color=color, markerfacecolor="none", **marks)
             label = "evaluations on held-out prompts"
             legend.append(Legend(r % 6, 0, True, f"{run.name}: {label}" if len(runs) > 1 else label))
