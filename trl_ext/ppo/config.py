@@ -223,6 +223,8 @@ class PPOMaxConfig(RLOOConfig):
         },
     )
 
+    write_report: bool = field(default=True, metadata={"help": "Write report.html and learning_curve.png at the end."})
+
     # Guard
     guard: bool = field(
         default=True,
