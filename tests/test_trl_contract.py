@@ -32,6 +32,7 @@ from trl.trainer import rloo_trainer
 from trl.trainer.utils import RepeatSampler, shuffle_sequence_dict, split_tensor_dict
 
 from trl_ext import PPOMaxConfig, PPOMaxTrainer
+from trl_ext.ppo.beside import BesideTheLoop
 from trl_ext.ppo.callback import PPOStateCallback
 from trl_ext.ppo.completing import CompletesPrompts
 from trl_ext.ppo.sets import SeveralSets
@@ -43,12 +44,9 @@ SEAMS = {
     "_generate_and_score_completions": ["inputs"],
     "_compute_loss": ["model", "inputs"],
 }
-PUBLIC = {
-    "create_model_card",
-    "create_optimizer",
-}  # overridden too; documented, unlike the seams
+PUBLIC = {"create_optimizer"}  # overridden too; documented, unlike the seams
 # Overridden in `RoleTrainer`
-EVERY_TRAINERS = {"_save_checkpoint", "evaluate", "get_batch_samples", "save_model", "train"}
+EVERY_TRAINERS = {"_save_checkpoint", "create_model_card", "evaluate", "get_batch_samples", "save_model", "train"}
 OF_SETS = {"evaluate", "log"}  # overridden in `SeveralSets`
 CALLED = {
     "_generate": ["prompts"],
@@ -192,13 +190,14 @@ def test_ours_have_the_same_signatures(name):
     assert list(ours) == list(theirs)
 
 
-def test_only_the_constructor_the_two_seams_and_the_model_card_are_overridden():
+def test_only_the_constructor_and_the_two_seams_are_overridden():
     """TRL removed its own subclasses of these trainers because they overrode more, and "drift was silent"."""
     inherited = {name for base in RLOOTrainer.__mro__ for name, value in vars(base).items() if callable(value)}
     own = {name for name, value in vars(PPOMaxTrainer).items() if callable(value) or isinstance(value, property)}
     assert own & inherited == {"__init__", *SEAMS, *PUBLIC}
-    assert PPOMaxTrainer.__bases__ == (RoleTrainer, SeveralSets, CompletesPrompts, RLOOTrainer)
-    assert not {name for name, value in vars(CompletesPrompts).items() if callable(value)} & inherited
+    assert PPOMaxTrainer.__bases__ == (RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, RLOOTrainer)
+    for part in (BesideTheLoop, CompletesPrompts):
+        assert not {name for name, value in vars(part).items() if callable(value)} & inherited
     assert {name for name, value in vars(SeveralSets).items() if callable(value)} & inherited == OF_SETS
     above = {name for name, value in vars(RoleTrainer).items() if callable(value)} & inherited
     assert above == EVERY_TRAINERS
@@ -565,6 +564,5 @@ def test_the_reward_trainer_overrides_nothing_private():
         "__init__",
         "compute_loss",
         "evaluate",
-        "create_model_card",
     }
     assert RewardModelTrainer.loss_is_scaled_for_ga is False

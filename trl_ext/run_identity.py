@@ -108,6 +108,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "trackio_bucket_id",
         "trackio_space_id",
         "trackio_static_space_id",
+        "write_report",
     ),
     "checkpoints": (
         "output_dir",

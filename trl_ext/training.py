@@ -13,6 +13,8 @@ from transformers import Trainer, TrainerCallback
 
 from trl_ext.checkpoints import NotWrittenError, checkpoints_of, explained_writing, make_room
 from trl_ext.engines import EngineCallback, is_fsdp, resume_from, zero_stage
+from trl_ext.report.cards import CardFacts, write_card
+from trl_ext.report.recorder import RunRecorder
 from trl_ext.roles.role import Role
 from trl_ext.roles.sharding import is_sharded, whole_weights
 from trl_ext.run_identity import RunIdentity, tokenizer_facts
@@ -64,16 +66,26 @@ class RoleTrainer(Trainer):
     loader: RolesLoader
     stop: StopSignals
     guard: RunGuard
+    recorder: RunRecorder
+    dataset_name: str | None = None  # of the training data, for the card
+    _card: Callable[..., str]  # the card as text; its arguments are those of `create_model_card`
     save_beside: Callable[[Path], None] | None = None  # what else a checkpoint holds; its state is still its last file
     _name: str  # of the method
 
-    def add_run_callbacks(self, facts: dict[str, Any], at_border: Callable[[Any], bool] = lambda state: True) -> None:
+    def add_run_callbacks(
+        self,
+        facts: dict[str, Any],
+        at_border: Callable[[Any], bool] = lambda state: True,
+        outcome: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
         """Add what every run has, in its order; the constructor of a trainer ends with it.
 
         Args:
             facts: See `RunIdentity`; tokenizer, base and adapters are added here.
             at_border: See `StopSignals`.
+            outcome: See `RunRecorder`.
         """
+        model: Any = self.model
         processing_class: Any = self.processing_class
         facts = {"method": self._name} | facts | tokenizer_facts(processing_class)
         self.identity = RunIdentity(self.args, self.model, facts)
@@ -81,7 +93,15 @@ class RoleTrainer(Trainer):
         self.stop = StopSignals(self.accelerator, at_border)
         self.guard = RunGuard(self.accelerator, lambda: self.model_wrapped, self.callback_handler.callbacks)
         engine = EngineCallback(self.args, self.accelerator)
-        for callback in (engine, self.identity, self.loader, self.stop, self.guard):
+        self.recorder = RunRecorder(
+            self.args,
+            str(self._name),
+            str(model.get_base_model().name_or_path),
+            lambda: self.identity.facts | self.identity.adapters,
+            outcome,
+            lambda: self.stop.stopped_by,
+        )
+        for callback in (engine, self.identity, self.loader, self.stop, self.guard, self.recorder):
             self.add_callback(callback)
 
     def train(
@@ -100,7 +120,11 @@ class RoleTrainer(Trainer):
         """
         resume = self.loader.folder = self._checkpoint(resume_from_checkpoint)
         with self.stop.installed():
-            output = super().train(resume, trial, ignore_keys_for_eval)
+            try:
+                output = super().train(resume, trial, ignore_keys_for_eval)
+            except BaseException as error:
+                self.recorder.failed(error, self.state.global_step)
+                raise
         self.finish()
         return output
 
@@ -155,6 +179,22 @@ class RoleTrainer(Trainer):
         except NotWrittenError:
             make_room(self.args, step)
             raise
+
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Our card, where `push_to_hub` and every checkpoint would write TRL's, or the `Trainer`'s, over it."""
+        if self.is_world_process_zero():
+            write_card(str(self.args.output_dir), self._card(model_name, dataset_name, tags))
+
+    def card_facts(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> CardFacts:
+        """What a card of any method says of the run; the arguments are those of `create_model_card`."""
+        args, base = self.args, str(self.model.get_base_model().name_or_path)  # type: ignore[union-attr, operator]
+        folder = Path(str(args.output_dir)) if self.recorder.begun else None
+        named = (model_name, dataset_name or self.dataset_name, tags)
+        return CardFacts(args, base, self.state.log_history, folder, self.identity.facts, *named)
 
     def evaluate(
         self,

@@ -141,7 +141,7 @@ FILES = {
 def read_prompts(path: Path | str) -> Dataset:
     """As recipes do before they look for a model."""
     recipe = SimpleNamespace(dataset_name=str(path), dataset_train_split="train", dataset_config=None)
-    recipe.dataset_test_split = None
+    recipe.dataset_test_split = recipe.dataset_test_name = None
     args = SimpleNamespace(max_completion_length=8, generation_batch_size=1, num_generations=1, ptx_coef=0)
     train, test = load_prompts(recipe)
     check_inputs(args, encoder(), 64, train, test, None, scored=True)

@@ -46,7 +46,8 @@ def check_card(text: str, base: str) -> None:
     assert header["library_name"] == "peft"
     assert {"ppo", "trl_ext"} <= set(header["tags"])
     assert len(header["tags"]) == len(set(header["tags"]))
-    assert base in text
+    assert f"`{Path(base).name}`" in text
+    assert str(Path(base).parent) not in text  # no folder of this machine
     assert "2307.04964" in text
     assert "AutoPeftModelForCausalLM" in text
     assert "| `reward_clip` | 0.5 |" in text

@@ -122,6 +122,7 @@ def config(folder: Path, **options) -> PPOMaxConfig:
         "gradient_checkpointing": False,
         "save_strategy": "no",
         "report_to": "none",
+        "write_report": False,
         "use_cpu": True,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,

@@ -60,6 +60,7 @@ def config(folder: Path, **options) -> RRHFConfig:
         "gradient_checkpointing": False,
         "save_strategy": "no",
         "report_to": "none",
+        "write_report": False,
         "use_cpu": True,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,

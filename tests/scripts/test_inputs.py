@@ -9,7 +9,14 @@ import pytest
 from datasets import Dataset
 
 from trl_ext.scripts import ppo_max, reward_model, rrhf
-from trl_ext.scripts.inputs import first_prompts, load_preference_splits, load_reward_function
+from trl_ext.scripts.arguments import PromptArguments
+from trl_ext.scripts.inputs import (
+    first_prompts,
+    hold_out,
+    load_preference_splits,
+    load_prompts,
+    load_reward_function,
+)
 
 REWARD = "def length(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n"
 PAIRS = [{"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]
@@ -107,6 +114,43 @@ def test_the_evaluation_needs_a_prompt() -> None:
     assert len(first_prompts(dataset, 5)) == 2
     with pytest.raises(ValueError, match="at least 1"):
         first_prompts(dataset, 0)
+
+
+def test_a_tenth_of_the_prompts_is_held_out_whatever_their_order_and_with_all_their_rows() -> None:
+    prompts = [f"prompt {i % 50}" for i in range(100)]
+    train, test = hold_out(Dataset.from_dict({"prompt": prompts, "n": list(range(100))}))
+    assert not set(train["prompt"]) & set(test["prompt"])
+    assert (len(train), len(test), len(set(test["prompt"]))) == (90, 10, 5)
+    again = hold_out(Dataset.from_dict({"prompt": sorted(prompts)}))[1]
+    assert set(again["prompt"]) == set(test["prompt"])
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    assert len(hold_out(Dataset.from_dict({"prompt": chats}))[1]) == 10
+
+
+def test_a_run_is_evaluated_on_prompts_that_it_does_not_train_on_or_says_so(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def load(**flags):
+        said.clear()
+        return load_prompts(PromptArguments(**flags), said.append)
+
+    many = write(tmp_path / "many.jsonl", [{"prompt": f"p{i}"} for i in range(40)])
+    train, test = load(dataset_name=many)
+    assert (len(train), len(test)) == (36, 4)
+    assert said == ["Evaluation: 4 rows held out, by a hash of the prompt; 36 are trained on."]
+
+    few = write(tmp_path / "few.jsonl", [{"prompt": f"p{i}"} for i in range(9)])
+    train, test = load(dataset_name=few)
+    assert len(train) == len(test) == 9
+    assert said == [f"Evaluation: on prompts that are trained on too; {few} has too few to hold some out."]
+
+    others = write(tmp_path / "others.jsonl", [{"prompt": f"p{i}"} for i in range(30, 50)])
+    train, test = load(dataset_name=many, dataset_test_name=others)
+    assert (len(train), len(test)) == (40, 20)
+    assert said == [f"Evaluation: 10 of the 20 prompts of {others}, split train, are trained on too."]
+
+    assert len(load(dataset_name=many, dataset_test_split="train")[1]) == 40
+    assert said == [f"Evaluation: 40 of the 40 prompts of {many}, split train, are trained on too."]
 
 
 # ---------------------------------------------------------------------- preferences

@@ -29,7 +29,6 @@ class CompletesPrompts(Trainer):
     use_vllm: bool
     _last_loaded_step: int
     _generate: Any
-    _metrics: Any
     _sum: Any
 
     def use_server(self, encoder: TextEncoder, longest: int | None) -> None:
@@ -56,22 +55,6 @@ class CompletesPrompts(Trainer):
         engine = checked_engine(*given, longest=longest, seed=args.seed)
         self.vllm_generation = VLLMGeneration(engine, parameters, encoder.pad_id)
         self.use_vllm = True
-
-    def complete(self, prompts: list[Any]) -> Completions:
-        """Complete prompts by the role that is active, as a rollout would, and leave logs and model as they were.
-
-        Returns:
-            Prompts and completions in token ids, unpadded, and completions as texts or messages.
-        """
-        training, metrics = self.model.training, self._metrics["eval"]
-        kept = {name: list(values) for name, values in metrics.items()}
-        self.model.eval()
-        try:
-            return self._complete(list(prompts))
-        finally:
-            self.model.train(training)
-            metrics.clear()
-            metrics.update(kept)
 
     def _complete(self, prompts: list[Any]) -> Completions:
         self.guard.start_tracking(self.args, self.state, self.control, model=self.model)  # TRL logs how long it takes

@@ -18,7 +18,7 @@ from trl_ext.generation.vllm_options import VLLMRolloutOptions
 from trl_ext.ops.ensemble import ENSEMBLE_MODES
 from trl_ext.ops.kl import KL_ESTIMATORS
 from trl_ext.ops.packing import SCORED_PER_TRAINED
-from trl_ext.ppo.refusals import check_options
+from trl_ext.ppo.refusals import HARMLESS, check_options
 from trl_ext.ppo.rewards import BASELINES, SCORE_MODES
 from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
@@ -30,8 +30,6 @@ KL_CONTROLS = ("pi", "fixed", "adaptive", "penalty")
 POLICY_OBJECTIVES = ("clip", "kl_penalty")
 EPSILON, PENALTY_COEF = 0.2, 1.0
 OFF = "null (None) switches it off"
-# What leaves the distribution of the completions as it is
-HARMLESS = {"use_cache", "cache_config", "prompt_lookup_num_tokens", "max_matching_ngram_size", "renormalize_logits"}
 LARGEST_BATCH_IN_HORIZONS = 5  # from which on one step of `AdaptiveKL` could make beta 0
 DEFAULT_OPTIM: Any = RLOOConfig.__dataclass_fields__["optim"].default
 
@@ -223,6 +221,8 @@ class PPOMaxConfig(VLLMRolloutOptions, RLOOConfig):
             "choices": list(BASELINES),
         },
     )
+
+    write_report: bool = field(default=True, metadata={"help": "Write report.html and learning_curve.png at the end."})
 
     # Guard
     guard: bool = field(

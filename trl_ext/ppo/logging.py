@@ -1,10 +1,9 @@
-"""What a run leaves behind: figures, sample completions, the model card, and words for a card that was too small.
+"""What a run leaves behind: figures, sample completions, and words for a card that was too small.
 
 Every figure is over all processes unless it says otherwise.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +17,11 @@ from torch import Tensor
 from trl_ext.ops.masking import masked_mean_var
 from trl_ext.ppo.losses import explained_variance
 from trl_ext.ppo.rollout import Rollout
-from trl_ext.report.cards import card_header, course_table, whole_card
+from trl_ext.report.machine import peak_memory_gib
+from trl_ext.report.recorder import RunRecorder
 from trl_ext.roles import Role
 from trl_ext.runs import last_checkpoint
 
-COURSE = ("step", "reward", "kl", "beta", "perplexity", "completions/mean_length", "explained_variance")
-TAGS = ("ppo", "rlhf", "lora", "trl", "trl_ext")
 REMEDIES = {
     "generate": "per_device_generate_batch_size (now {generate}), or max_completion_length",
     "score": "per_device_score_batch_size (now {score})",
@@ -162,21 +160,8 @@ def reward_metrics(names: list[str], per_function: Tensor, role_scores: Tensor |
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process so far in GiB: allocated on the card, or resident on a CPU."""
-    if device.type == "cuda":
-        return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    return {"peak_memory_gib": peak_resident_bytes() / 2**30}
-
-
-def peak_resident_bytes() -> int:
-    """The most main memory that this process has had so far."""
-    if sys.platform == "win32":  # which has no `resource`
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Peak memory of this process so far, GiB."""
+    return {"peak_memory_gib": peak_memory_gib(device)}
 
 
 def average_over_processes(stats: dict[str, Tensor]) -> dict[str, float]:
@@ -207,6 +192,48 @@ def log_samples(logs: dict[str, Any], names: Sequence[str], rollout: Rollout) ->
     logs["advantages"].extend(gather(rollout.advantages.sum(1) / lengths).tolist())
 
 
+def keep_samples(
+    recorder: RunRecorder, names: Sequence[str], rollout: Rollout, args: Any, step: int | None = None
+) -> None:
+    """Give the samples of a rollout to what writes the run down: of an evaluation all, of all processes; else a few.
+
+    Args:
+        names: Of the reward functions.
+        args: `PPOMaxConfig`.
+        step: Optimizer steps so far; None: it is a part of an evaluation.
+    """
+    if step is None:
+        recorder.evaluated(gather_object(sample_rows(names, rollout, range(len(rollout.prompts)))))
+    else:
+        count = len(rollout.prompts)
+        recorder.sampled(lambda rows: sample_rows(names, rollout, rows), count, step, args.steps_per_update)
+
+
+def sample_rows(names: Sequence[str], rollout: Rollout, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Prompt, completion and figures of some of this process's completions; sums are over the tokens, in nats."""
+    mask = rollout.completion_mask.bool()
+    columns = {"reward": rollout.scores, "tokens": mask.sum(1), "nll": -torch.where(mask, rollout.logps, 0.0).sum(1)}
+    if rollout.reference_logps is not None:
+        columns["reference_nll"] = -torch.where(mask, rollout.reference_logps, 0.0).sum(1)
+        columns["kl"] = columns["reference_nll"] - columns["nll"]
+    sources = dict(zip(names, rollout.per_function.T, strict=True))
+    if rollout.role_scores is not None:
+        sources["reward_role"] = rollout.role_scores
+    figures = {name: column.tolist() for name, column in columns.items()}
+    rewards = {name: column.tolist() for name, column in sources.items()}
+    truncated = rollout.truncated.tolist()
+    return [
+        {
+            "prompt": rollout.prompts[i],
+            "completion": rollout.completions[i],
+            **{name: values[i] for name, values in figures.items()},
+            "truncated": truncated[i],
+            "rewards": {name: values[i] for name, values in rewards.items()},
+        }
+        for i in rows
+    ]
+
+
 def take_reports(
     columns: dict[str, list[Any]], metrics: dict[str, list[float]], count: int
 ) -> tuple[dict[str, list[Any]], dict[str, float]]:
@@ -228,43 +255,6 @@ def take_reports(
     columns.clear()
     metrics.clear()
     return cells, means
-
-
-# ---------------------------------------------------------------------- the model card
-
-
-def model_card(
-    base: str,
-    others: Sequence[str],
-    args: Any,
-    history: Sequence[dict[str, Any]],
-    model_name: str | None = None,
-    dataset_name: str | None = None,
-    tags: str | list[str] | None = None,
-) -> str:
-    """Markdown with a Hub header: base, method, the options that differ from their defaults, the course of the run.
-
-    Args:
-        base: Hub id or folder of the base.
-        others: Names of the adapters saved beside the policy.
-        args: Configuration of the run.
-        history: Its logs.
-        model_name, dataset_name, tags: As in `Trainer.create_model_card`.
-    """
-    body = [
-        f"A LoRA adapter on `{base}`, trained by PPO-Max "
-        "([arXiv 2307.04964](https://huggingface.co/papers/2307.04964)) with trl_ext.",
-        "",
-        "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "",
-        'policy = AutoPeftModelForCausalLM.from_pretrained("this repository")',
-        "```",
-        "",
-        f"Beside the policy: {', '.join(f'`{name}/`' for name in others)}.",
-    ]
-    header = card_header(base, "text-generation", TAGS, tags, dataset_name)
-    return whole_card(args, header, model_name, body, course_table(history, COURSE, "reward"))
 
 
 # ---------------------------------------------------------------------- out of memory

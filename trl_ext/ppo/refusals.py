@@ -24,6 +24,8 @@ HAVE_THEIR_PLACE = {
     "disable_compile": "nothing: TRL sets it",
     "return_dict_in_generate": "nothing: token ids are all that is read",
 }
+# Of `generation_kwargs`: what leaves the distribution of the completions as it is
+HARMLESS = {"use_cache", "cache_config", "prompt_lookup_num_tokens", "max_matching_ngram_size", "renormalize_logits"}
 # Options of TRL that only `use_vllm` reads
 VLLM_OF_TRL = (
     "vllm_mode",

@@ -20,7 +20,7 @@ from trl_ext.roles import Role
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
 Rows: TypeAlias = Mapping[str, Tensor]
-CRITIC_TARGET = 0.5  # of the critic's squared error: see `critic_distance`
+CRITIC_TARGET = 0.25  # of the critic's squared error: see `critic_distance`
 TOO_FAR = 2.0  # times the target: the step is shortened
 SLOWER, FASTER = 1 / 3, 2.0  # bounds of the rate's change from one update to the next
 LEAP = 8.0  # the upper one where the rate is far too low, for half of the way to what it should be
@@ -74,7 +74,7 @@ class StepControl:
 
         budget = max(target f^2, noise)
         rate of the next update: times clip(r, 1/3, max(2, min(r / 2, 8))), r = sqrt(target f^2 / (d (K / k)^2)),
-            because d grows with its square; a role that is never faster than its schedule grows by at most 2
+            because d grows with its square; at most 2 for a role that does not rest
         d > budget: the role rests until the next rollout, if it `rests`
         d > 2 budget: what the update has moved so far is shortened, at first by sqrt(budget / d), until d is within 2
             budgets; after 6 tries it is taken back. Adam's moments stay: they come from gradients before that step.
@@ -87,7 +87,6 @@ class StepControl:
     Args:
         target: Of the distance, at the schedule's full rate.
         steps: Optimizer steps of an update, K.
-        fastest: The largest factor on the learning rate.
         rests: Whether the role rests when the budget is spent.
 
     Attributes:
@@ -97,8 +96,8 @@ class StepControl:
         shortened: What was left of this update's way; 1 where it was not shortened.
     """
 
-    def __init__(self, target: float, steps: int, fastest: float, rests: bool):
-        self.target, self.steps, self.fastest, self.rests = target, steps, fastest, rests
+    def __init__(self, target: float, steps: int, rests: bool):
+        self.target, self.steps, self.rests = target, steps, rests
         self.scale = 1.0
         self._weights: list[nn.Parameter] = []
         self._group: dict[str, Any] | None = None
@@ -185,7 +184,7 @@ class StepControl:
         return distance
 
     def _bounded(self, scale: float) -> float:
-        return min(max(scale, SLOWEST), self.fastest)
+        return min(max(scale, SLOWEST), FASTEST)
 
     def end(self, measure: Callable[[], float]) -> dict[str, float]:
         """Close an update: check it on rows that are the same for every update, and set the rate of the next.
@@ -204,8 +203,8 @@ class StepControl:
         if self.wanted > 0 and self.shortened == 1:
             planned = max(self.distance, TINY) * (self.steps / self.taken) ** 2
             ratio = math.sqrt(self.wanted / planned)
-            fastest = max(FASTER, min(ratio / 2, LEAP)) if self.fastest > 1 else FASTER
-            self.scale = self._bounded(self.scale * min(max(ratio, SLOWER), fastest))
+            largest = max(FASTER, min(ratio / 2, LEAP)) if self.rests else FASTER
+            self.scale = self._bounded(self.scale * min(max(ratio, SLOWER), largest))
         stats |= {"distance": self.distance, "wanted": self.wanted, "shortened": self.shortened}
         self.begin()
         return stats
@@ -222,8 +221,8 @@ class StepControls(dict[Role, StepControl]):
     def __init__(self, update_kl_target: float, steps: int):
         super().__init__()
         if update_kl_target > 0:
-            self[Role.POLICY] = StepControl(update_kl_target, steps, FASTEST, rests=True)
-            self[Role.CRITIC] = StepControl(CRITIC_TARGET, steps, 1.0, rests=False)
+            self[Role.POLICY] = StepControl(update_kl_target, steps, rests=True)
+            self[Role.CRITIC] = StepControl(CRITIC_TARGET, steps, rests=False)
 
     def of_groups(self, groups: Iterable[dict[str, Any]]) -> Iterable[tuple[StepControl, dict[str, Any]]]:
         """Each control with the optimizer's group that it governs, of those that take a step now."""

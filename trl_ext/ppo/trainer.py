@@ -1,6 +1,5 @@
-"""PPO-Max on TRL: `RLOOTrainer` with a critic, by two overridden methods (and a model card)."""
+"""PPO-Max on TRL: `RLOOTrainer` with a critic, by two overridden methods."""
 
-from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +11,9 @@ from trl import RLOOTrainer
 
 from trl_ext.engines import check_engine, is_fsdp, zero_stage
 from trl_ext.ppo import logging
+from trl_ext.ppo.beside import BesideTheLoop
 from trl_ext.ppo.callback import PPOStateCallback
+from trl_ext.ppo.card import model_card
 from trl_ext.ppo.completing import CompletesPrompts
 from trl_ext.ppo.config import PPOMaxConfig
 from trl_ext.ppo.data import PTXBatches, check_inputs, longest_request, ptx_batches
@@ -23,7 +24,6 @@ from trl_ext.ppo.sets import SeveralSets
 from trl_ext.ppo.state import PPOState
 from trl_ext.ppo.step import OUTPUT, Rows
 from trl_ext.ppo.watching import WatchCallback
-from trl_ext.report.cards import write_card
 from trl_ext.roles import (
     Role,
     SharedBaseModel,
@@ -44,7 +44,7 @@ AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatase
 PROBE, LEAST = 4, 4  # an update is checked on one in so many rows of the rollout, and at least so many
 
 
-class PPOMaxTrainer(RoleTrainer, SeveralSets, CompletesPrompts, RLOOTrainer):
+class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, RLOOTrainer):
     """Proximal policy optimisation with the stability tricks of PPO-Max, on TRL's online loop.
 
     Source: Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO" (arXiv 2307.04964); Schulman et
@@ -182,7 +182,9 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, CompletesPrompts, RLOOTrainer):
         facts = reward_facts(sources.functions) | data_facts("train_dataset", train_dataset)
         if args.ptx_coef > 0:
             facts |= data_facts("ptx_dataset", ptx_dataset)
-        self.add_run_callbacks(facts, lambda state: args.at_border(state.global_step, state.max_steps))
+        self.add_run_callbacks(
+            facts, lambda state: args.at_border(state.global_step, state.max_steps), self.watch.outcome
+        )
         model.model_card = self._card
 
     def finish(self) -> None:
@@ -243,6 +245,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, CompletesPrompts, RLOOTrainer):
         # 3. Samples, and what reward functions report
         cells, reported = logging.take_reports(self._pending_extra_logs, self._pending_metrics, len(inputs))
         self.record(logged | reported)
+        logging.keep_samples(self.recorder, self.reward_func_names, rollout, args, step if training else None)
         if self.log_completions:
             logging.log_samples(self._logs, self.reward_func_names, rollout)
         for name, column in cells.items():
@@ -289,32 +292,6 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, CompletesPrompts, RLOOTrainer):
         check_finite("loss", terms, self.state.global_step, str(args.output_dir), self.model)
         self.record(logging.average_over_processes(stats))
         return torch.stack(list(terms.values())).sum()
-
-    # ------------------------------------------------------------------ a further override: the card
-
-    def create_model_card(  # type: ignore[override]
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Our card, where `push_to_hub` and every checkpoint would write TRL's over it."""
-        if self.is_world_process_zero():
-            write_card(str(self.args.output_dir), self._card(model_name, dataset_name, tags))
-
-    # ------------------------------------------------------------------ beside the loop
-
-    def explained_out_of_memory(self, plan: Any = None) -> AbstractContextManager[None]:
-        """`with trainer.explained_out_of_memory(): trainer.train()`: the error says which option to lower.
-
-        Args:
-            plan: `memory.MemoryPlan` of the run, for its figure beside.
-
-        Raises:
-            RuntimeError: In place of `torch.OutOfMemoryError`.
-        """
-
-        def where() -> tuple[str, int]:
-            return self.timer.running if self.model.training else "evaluation", self.state.global_step
-
-        return logging.explained_out_of_memory(self.args, where, plan)
 
     # ------------------------------------------------------------------ details
 
@@ -391,10 +368,12 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, CompletesPrompts, RLOOTrainer):
         self._step, self._buffered_inputs = micro_batches, None
 
     def _card(self, *named: Any) -> str:
-        """The card as text; `named` are the arguments of `create_model_card`."""
         others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
-        base = str(self.model.get_base_model().name_or_path)
-        return logging.model_card(base, others, self.args, self.state.log_history, *named)
+        weights = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
+        sources = [f"`{name}`, weight {weight:g}" for name, weight in weights]
+        if self.model.has_role(Role.REWARD):
+            sources.insert(0, f"a reward adapter on the same base, weight {self.args.reward_role_weight:g}")
+        return model_card(self.card_facts(*named), others, sources)
 
     def _next_ptx(self) -> dict[str, Tensor]:
         assert self._ptx is not None

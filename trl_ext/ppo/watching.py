@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from trl_ext.ppo.guard import FACTOR, SNAPSHOT_EVERY, Limits, PolicyGuard
+from trl_ext.ppo.guard import FACTOR, FAULTS, SNAPSHOT_EVERY, Limits, PolicyGuard
 from trl_ext.ppo.snapshot import Snapshot
 from trl_ext.ppo.state import PPOState
 from trl_ext.roles import Role
@@ -151,7 +151,7 @@ class WatchCallback(TrainerCallback, ExportableState):
         """What a report says of it: every alarm, why the run was stopped, and the steps of the policies it kept."""
         guard = self.guard.state if self.guard is not None else None
         return {
-            "alarms": guard.raised if guard is not None else [],
+            "alarms": [alarm | {"means": FAULTS[alarm["alarm"]].means} for alarm in guard.raised] if guard else [],
             "stopped": guard.stopped if guard is not None else None,
             **{f"{name}_policy": dict(snapshot.info) for name, snapshot in self.snapshots.items() if snapshot.info},
         }

@@ -1,1 +1,1 @@
-"""What a run leaves behind: model cards, and what can be said of a policy on held-out prompts."""
+"""What a run leaves behind: metrics, samples, a page about it, model cards; and a policy on held-out prompts."""

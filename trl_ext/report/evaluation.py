@@ -36,6 +36,9 @@ class AnsweredPrompt:
     columns: dict[str, Any]
     response_ids: list[int] = field(default_factory=list)
     score: float = 0.0
+    gold: float | None = None
+    nll: float = 0.0  # of the response under the policy, nats
+    reference_nll: float = 0.0
 
 
 def distinct_2(texts: list[str]) -> float:
@@ -55,6 +58,7 @@ def evaluate_policy(
     gold: Any = None,
     best_of: int = 1,
     batch_size: int = 64,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
     engine: VLLMEngine | None = None,
 ) -> tuple[dict[str, float], list[str]]:
     """One response to each prompt, at temperature 1, and what can be said of them.
@@ -68,6 +72,7 @@ def evaluate_policy(
         best_of: So many responses are sampled and the best one by the reward is taken. The KL given is then
             log n - (n - 1) / n, the bound that holds where no two rewards are equal (Beirami et al. 2024, arXiv
             2401.01879).
+        keep: Takes the samples, as `RunRecorder.evaluated` does.
         seed: Each prompt has its own numbers: two policies differ by themselves alone.
         engine: A vLLM server that samples in place of the model.
 
@@ -107,6 +112,8 @@ def evaluate_policy(
     if gold is not None:
         completions = [encoder.completion(row.prompt, text) for row, text in zip(rows, texts, strict=True)]
         values = torch.tensor(gold(prompts=[row.prompt for row in rows], completions=completions))
+        for row, value in zip(rows, values.tolist(), strict=True):
+            row.gold = value
         metrics |= {"gold": float(values.mean()), "gold_std": float(values.std()) if len(rows) > 1 else 0.0}
     metrics |= likelihoods(model, encoder.pad_id, rows, batch_size)
     if best_of > 1:
@@ -114,12 +121,24 @@ def evaluate_policy(
     metrics["length"] = sum(map(len, ids)) / len(ids)
     metrics["truncated"] = sum(not encoder.ended(sequence) for sequence in ids) / len(ids)
     metrics["distinct_2"] = distinct_2(texts)
+    keep([_sample(row, text, encoder, best_of) for row, text in zip(rows, texts, strict=True)])
     return metrics, texts
+
+
+def _sample(row: AnsweredPrompt, text: str, encoder: TextEncoder, best_of: int) -> dict[str, Any]:
+    sample = {"prompt": row.prompt, "completion": text, "reward": row.score, "tokens": len(row.response_ids)}
+    sample |= {"truncated": not encoder.ended(row.response_ids), "nll": row.nll, "reference_nll": row.reference_nll}
+    if best_of == 1:  # the best of several has no estimate of its own
+        sample["kl"] = row.reference_nll - row.nll
+    return sample if row.gold is None else sample | {"rewards": {"reward": row.score, "gold": row.gold}}
 
 
 @torch.no_grad()
 def likelihoods(model: SharedBaseModel, pad_id: int, rows: list[AnsweredPrompt], batch_size: int) -> dict[str, float]:
-    """KL(policy, reference) of the responses, the plain estimate, and their perplexity under both."""
+    """KL(policy, reference) of the responses, the plain estimate, and their perplexity under both.
+
+    Each row gets its own log-likelihoods.
+    """
     was_training = model.training
     model.eval()
     policy = reference = tokens = 0.0
@@ -131,6 +150,9 @@ def likelihoods(model: SharedBaseModel, pad_id: int, rows: list[AnsweredPrompt],
         )
         parts = [each.to(model.input_device) for each in pack(groups, starts, pad_id, share=False)]
         outputs = model(parts=parts, roles=(Role.POLICY, Role.REFERENCE))
+        sums = [-outputs[name].sum(1) for name in ("logps", "reference_logps")]
+        for row, nll, reference_nll in zip(part, *(each.tolist() for each in sums), strict=True):
+            row.nll, row.reference_nll = nll, reference_nll
         policy += float(outputs["logps"].sum())
         reference += float(outputs["reference_logps"].sum())
         tokens += float(outputs["mask"].sum())

@@ -22,6 +22,7 @@ class RewardModelConfig(RewardConfig):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Stays off: the collator needs the columns that tokenizing has made."}
     )
+    write_report: bool = field(default=True, metadata={"help": "Write report.html and learning_curve.png at the end."})
 
     # Loss
     margin: Annotated[float, at_least(0)] = field(

@@ -22,7 +22,6 @@ from trl import RewardTrainer
 
 from trl_ext.data import ConversionReport
 from trl_ext.engines import check_engine
-from trl_ext.report.cards import write_card
 from trl_ext.reward.card import model_card
 from trl_ext.reward.config import RewardModelConfig
 from trl_ext.reward.data import TRAINING, overlap, prepare_tokenizer, tokenize_preferences
@@ -298,17 +297,8 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
             logger.warning("%s: %s", name, report)
         return tokenized
 
-    def create_model_card(  # type: ignore[override]
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Our card, where `push_to_hub` and every checkpoint would write TRL's over it."""
-        if self.is_world_process_zero():
-            write_card(str(self.args.output_dir), self._card(model_name, dataset_name, tags))
-
     def _card(self, *named: Any) -> str:
-        """The card as text; `named` are the arguments of `create_model_card`."""
-        base, scale = str(self.model.get_base_model().name_or_path), self.model.scale
-        return model_card(base, scale, self.evaluation, self.args, self.state.log_history, *named)
+        return model_card(self.card_facts(*named), self.model.scale, self.evaluation)
 
 
 class _ScaleOfScores(TrainerCallback):

@@ -1,38 +1,48 @@
 """The model card of a published RRHF policy."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
-from trl_ext.report.cards import card_header, course_table, whole_card
+from trl_ext.report.cards import CardFacts, CardKind, whole_card
 
-OFFLINE_COLUMNS = ("step", "loss", "rank_loss", "sft_loss", "ranking_accuracy", "perplexity_best")
-ONLINE_COLUMNS = ("step", "loss", "reward", "reward_best", "kl", "ranking_accuracy", "perplexity_best")
-TAGS = ("rrhf", "rlhf", "lora", "trl", "trl_ext")
+OFFLINE = CardKind(
+    pipeline_tag="text-generation",
+    tags=("rrhf", "rlhf", "lora", "trl", "trl_ext"),
+    matters=(
+        "learning_rate",
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "rank_coef",
+        "sft_coef",
+        "length_penalty",
+        "beta",
+    ),
+    columns=("step", "loss", "rank_loss", "sft_loss", "ranking_accuracy", "perplexity_best"),
+    required="rank_loss",
+)
+ONLINE = replace(
+    OFFLINE,
+    matters=(*OFFLINE.matters, "temperature", "max_completion_length", "num_online_responses"),
+    columns=("step", "loss", "reward", "reward_best", "kl", "ranking_accuracy", "perplexity_best"),
+    required="reward",
+)
 
 
-def model_card(
-    base: str,
-    others: Sequence[str],
-    args: Any,
-    history: Sequence[dict[str, Any]],
-    model_name: str | None = None,
-    dataset_name: str | None = None,
-    tags: str | list[str] | None = None,
-) -> str:
-    """Markdown with a Hub header: base, method, the options that differ from their defaults, the course of the run.
+def model_card(facts: CardFacts, others: Sequence[str], sources: Sequence[str]) -> str:
+    """Markdown with a Hub header: base, method, before and after, options, the course of the run, samples, limits.
 
     Args:
-        base: Hub id or folder of the base.
+        facts: Of the run.
         others: Names of the adapters saved beside the policy.
-        args: Configuration of the run.
-        history: Its logs.
-        model_name, dataset_name, tags: As in `Trainer.create_model_card`.
+        sources: What has given rewards online, in words.
     """
-    columns, key = (ONLINE_COLUMNS, "reward") if args.online else (OFFLINE_COLUMNS, "rank_loss")
-    sampled = "sampled from the current policy and " if args.online else ""
+    online = facts.args.online
     body = [
-        f"A LoRA adapter on `{base}`, trained with trl_ext by RRHF "
-        f"([arXiv 2304.05302](https://huggingface.co/papers/2304.05302)) on responses {sampled}ranked by a reward.",
+        f"A LoRA adapter on `{facts.base_name}`, trained with trl_ext by RRHF "
+        f"([arXiv 2304.05302](https://huggingface.co/papers/2304.05302)) on responses "
+        f"{'sampled from the current policy and ' if online else ''}ranked by a reward.",
         "",
         "```python",
         "from peft import AutoPeftModelForCausalLM",
@@ -41,6 +51,5 @@ def model_card(
         "```",
         *(["", f"Beside the policy: {', '.join(f'`{name}/`' for name in others)}."] if others else []),
     ]
-    header = card_header(base, "text-generation", TAGS, tags, dataset_name)
-    course = course_table(history, columns, key)
-    return whole_card(args, header, model_name, body, course)
+    reward = "; ".join(sources) if online else "the column `scores` of the data"
+    return whole_card(facts, ONLINE if online else OFFLINE, body, reward or "none")

@@ -46,6 +46,7 @@ class RRHFConfig(VLLMOptions, TrainingArguments):
     disable_dropout: bool = field(
         default=True, metadata={"help": "Switch dropout off. With it the first KL to the reference is not 0."}
     )
+    write_report: bool = field(default=True, metadata={"help": "Write report.html and learning_curve.png at the end."})
 
     # Loss
     rank_coef: Annotated[float, at_least(0)] = field(default=1.0, metadata={"help": "Weight of the ranking loss."})

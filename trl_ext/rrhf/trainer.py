@@ -1,6 +1,7 @@
 """RRHF on transformers' `Trainer`: one loss, responses packed behind their prompt, and sampling online."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_ext.engines import check_engine
-from trl_ext.report.cards import write_card
 from trl_ext.roles import (
     Role,
     SharedBaseModel,
@@ -262,18 +262,12 @@ class RRHFTrainer(RoleTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
-    def create_model_card(  # type: ignore[override]
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Our card, where `push_to_hub` would write the Trainer's over it."""
-        if self.is_world_process_zero():
-            write_card(str(self.args.output_dir), self._card(model_name, dataset_name, tags))
-
     def _card(self, *named: Any) -> str:
-        """The card as text; `named` are the arguments of `create_model_card`."""
         others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
-        base = str(self.model.get_base_model().name_or_path)
-        return model_card(base, others, self.args, self.state.log_history, *named)
+        sources = [f"`{Path(name.split()[0]).name}`" for name in self.identity.facts.get("reward_funcs", [])]
+        if self.model.has_role(Role.REWARD):
+            sources.insert(0, f"a reward adapter on the same base, weight {self.args.reward_role_weight:g}")
+        return model_card(self.card_facts(*named), others, sources)
 
     # ------------------------------------------------------------------ details
 

@@ -40,9 +40,16 @@ class PromptArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts to evaluate on. Default: `dataset_name` with `--dataset_test_split`; without that, a "
+            "tenth of the prompts, at most 1,000, by a hash of the prompt, which are then not trained on."
+        },
+    )
     dataset_test_split: str | None = field(
         default=None,
-        metadata={"help": "Split to evaluate on. Default: the first rows of the training split."},
+        metadata={"help": "Split to evaluate on. Default, with `--dataset_test_name`: test, or the only one."},
     )
     policy_adapter: str | None = field(
         default=None, metadata={"help": "LoRA adapter the policy starts from and stays near. Default: a fresh one."}

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import hashlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,8 +93,12 @@ def _functions(file: str) -> list[str]:
 # ---------------------------------------------------------------------- prompts
 
 
-def load_prompts(recipe: PromptArguments) -> tuple[Dataset, Dataset]:
-    """Prompts to train on and prompts to evaluate on, by name.
+def load_prompts(recipe: PromptArguments, show: Callable[..., Any] = print) -> tuple[Dataset, Dataset]:
+    """Prompts to train on and prompts to evaluate on, by name; where the second are none of their own, it is said.
+
+    Args:
+        recipe: Without a test set, prompts are held out of the training: `hold_out`.
+        show: Prints, in the main process.
 
     Raises:
         ValueError: A split that is not there, or rows that are no prompts.
@@ -101,11 +106,42 @@ def load_prompts(recipe: PromptArguments) -> tuple[Dataset, Dataset]:
     assert recipe.dataset_name is not None
     train = load_split(recipe.dataset_name, recipe.dataset_train_split, config=recipe.dataset_config)
     check_prompt_rows(train, recipe.dataset_name)
-    test = train
-    if recipe.dataset_test_split is not None:
-        test = load_split(recipe.dataset_name, recipe.dataset_test_split, config=recipe.dataset_config)
-        check_prompt_rows(test, f"{recipe.dataset_name}, split {recipe.dataset_test_split}")
+    if recipe.dataset_test_name is None and recipe.dataset_test_split is None:
+        train, test = hold_out(train)
+        if test is train:
+            show(f"Evaluation: on prompts that are trained on too; {recipe.dataset_name} has too few to hold some out.")
+        else:
+            show(f"Evaluation: {len(test):,} rows held out, by a hash of the prompt; {len(train):,} are trained on.")
+        return train, test
+    name = recipe.dataset_test_name or recipe.dataset_name
+    split = recipe.dataset_test_split or ("test" if has_splits(name) else "train")
+    config = recipe.dataset_config if name == recipe.dataset_name else None
+    test = load_split(name, split, config=config)
+    check_prompt_rows(test, f"{name}, split {split}")
+    trained = {_digest(prompt) for prompt in train["prompt"]}
+    known = sum(_digest(prompt) in trained for prompt in test["prompt"])
+    if known:
+        show(f"Evaluation: {known:,} of the {len(test):,} prompts of {name}, split {split}, are trained on too.")
     return train, test
+
+
+def hold_out(dataset: Dataset) -> tuple[Dataset, Dataset]:
+    """Rows to train on and rows held out: a tenth of the different prompts, at most `HELD_OUT_AT_MOST`, by their hash.
+
+    Which ones does not depend on the order of the rows. All rows of a prompt are on one side. A dataset of fewer than
+    ten different prompts is returned twice.
+    """
+    digests = [_digest(prompt) for prompt in dataset["prompt"]]
+    different = sorted(set(digests))
+    held = set(different[: min(HELD_OUT_AT_MOST, int(HELD_OUT * len(different)))])
+    if not held:
+        return dataset, dataset
+    sides = [[i for i, digest in enumerate(digests) if (digest in held) == out] for out in (False, True)]
+    return dataset.select(sides[0]), dataset.select(sides[1])
+
+
+def _digest(prompt: Any) -> str:
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
 
 
 def check_prompt_rows(dataset: Dataset, name: str) -> None:

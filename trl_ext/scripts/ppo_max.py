@@ -36,6 +36,7 @@ from trl_ext.scripts.models import config_options, load_policy, quantization_of,
 from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
 from trl_ext.scripts.running import (
     EvaluationAtStart,
+    HeldOutSamples,
     SeededEvaluation,
     first_evaluation,
     printer,
@@ -123,7 +124,7 @@ def real_inputs(
     from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
 
     functions = load_reward_functions(recipe.reward_funcs, training.reward_weights)
-    train, test = load_prompts(recipe)
+    train, test = load_prompts(recipe, printer())
     test = first_prompts(test, recipe.eval_prompts)
     ptx = load_split(recipe.ptx_dataset_name) if recipe.ptx_dataset_name is not None else None
     config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
@@ -212,7 +213,9 @@ def main(arguments: list[str] | None = None) -> None:
         inputs, plan = real_inputs(recipe, training, model_args, given)
     training.eval_on_start = training.eval_on_start or "eval_on_start" not in given
     trainer = Trainer(args=training, **inputs)
+    trainer.dataset_name = recipe.dataset_name
     trainer.add_callback(EvaluationAtStart())
+    trainer.add_callback(HeldOutSamples(trainer, inputs["eval_dataset"]))
     shown = {"reward": "reward", "rewards/gold_reward/mean": "gold", "kl": "kl", "beta": "beta"}
     show_progress(trainer, shown | {"explained_variance": "critic"})
     if plan is not None:
@@ -229,6 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
         after = trainer.evaluate()
     if trainer.is_world_process_zero():
         report(trainer, inputs["eval_dataset"], after, toy)
+    trainer.create_model_card()  # with what the evaluation has found
     if stopped is not None:
         raise SystemExit(stopped if trainer.is_world_process_zero() else 1)
     if training.push_to_hub:
@@ -261,5 +265,7 @@ def report(trainer: Any, prompts: Any, after: dict[str, float], toy: bool) -> No
         print(f"best policy      step {best['step']:.0f}, reward {best['reward']:.3g}; of the last one {last:.3g}")
     print(f"policy adapter   {folder}\ncritic adapter   {folder / 'critic'}")
     print(f"reward adapter   {folder / 'reward'}" if (folder / "reward").is_dir() else "", end="\n")
+    if (folder / "report.html").is_file():
+        print(f"report           {folder / 'report.html'}")
     print(f"curves           {folder / 'training.png'}")
     print(f'load it with     AutoPeftModelForCausalLM.from_pretrained("{folder}")')

@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     base, tokenizer, train, test = load_inputs(recipe, training, model_args)
     model = fresh_reward_model(base, model_args)
     trainer = RewardModelTrainer(model, training, train, test, processing_class=tokenizer)
+    trainer.dataset_name = recipe.dataset_name
     show_progress(trainer, {"loss": "loss", "accuracy": "accuracy", "margin": "margin"})
     trainer.train(resume_from_checkpoint=resume)
     show("Scoring the test pairs ...", flush=True)
@@ -86,9 +87,23 @@ def main(arguments: list[str] | None = None) -> None:
     results = trainer.evaluate_pairs(scores=scores)
     trainer.save_model()
     if trainer.is_world_process_zero():
+        keep_pairs(trainer, test, scores)
         report(trainer, scores, results)
     if training.push_to_hub:
         trainer.push_to_hub()
+
+
+def keep_pairs(trainer: Any, test: Any, scores: dict[str, Any]) -> None:
+    """Write test pairs and their scores down, where they are pairs, and the report and the card with them."""
+    if {"chosen", "rejected"} <= set(test.column_names):
+        numbers = zip(*(scores[name].tolist() for name in ("rows", "chosen", "rejected")), strict=True)
+        rows = [(test[row], {"chosen_score": chosen, "rejected_score": rejected}) for row, chosen, rejected in numbers]
+        trainer.recorder.scored(
+            [{name: row.get(name, "") for name in ("prompt", "chosen", "rejected")} | found for row, found in rows],
+            trainer.state.global_step,
+        )
+    trainer.recorder.write_report()
+    trainer.create_model_card()
 
 
 def report(trainer: Any, scores: dict[str, Any], results: dict[str, Any]) -> None:
@@ -103,5 +118,7 @@ def report(trainer: Any, scores: dict[str, Any], results: dict[str, Any]) -> Non
     plot_run(trainer.state.log_history, panels, folder / "training.png")
     print_table(f"Reward model on {len(scores['rows']):,} test pairs", ("", "value"), result_rows(results))
     print(f"reward adapter   {folder}\npictures         {', '.join(path.name for path in pictures)}, training.png")
+    if (folder / "report.html").is_file():
+        print(f"report           {folder / 'report.html'}")
     print(f"use it with      trl-ext ppo-max --reward_adapter {folder}")
     print(f'load it with     AutoPeftModelForSequenceClassification.from_pretrained("{folder}", num_labels=1)')

@@ -123,7 +123,7 @@ def real_inputs(
         ValueError: No dataset, nothing that scores, or data that cannot be trained on.
     """
     functions = load_reward_functions(recipe.reward_funcs, training.reward_weights)
-    train, test = load_prompts(recipe)
+    train, test = load_prompts(recipe, printer())
     if set(train.column_names) >= RESPONSES:
         names = set(names_of(SamplingConfig)) - {"max_new_tokens"}
         why = f"{recipe.dataset_name} has responses and scores, so none are sampled. Drop it."
@@ -218,19 +218,24 @@ def main(arguments: list[str] | None = None) -> None:
     online: Any = {"reward_funcs": functions or None} if training.online else {}
     held_out = test if training.eval_strategy != "no" else None
     trainer = RRHFTrainer(model, training, train, held_out, processing_class=tokenizer, **online)
+    trainer.dataset_name = recipe.dataset_name
     show_progress(trainer, {"loss": "loss", "ranking_accuracy": "accuracy", "kl": "kl", "reward": "reward"})
     settings: Any = {
         "max_new_tokens": sampling.max_new_tokens,
         "seed": training.seed,
         "gold": gold_reward if toy else None,
+        "keep": trainer.recorder.evaluated,
         "engine": None if trainer.sampler is None else trainer.sampler.engine,
     }
     prompts = test.remove_columns([name for name in (*RESPONSES, "truncated") if name in test.column_names])
     show("Evaluating the policy before training ...", flush=True)
     before = evaluate_policy(model, encoder, prompts, scorer, **settings)
+    trainer.recorder.end_evaluation(step=0)
     trainer.train(resume_from_checkpoint=resume)
     show("Evaluating the policy after training ...", flush=True)
     after = evaluate_policy(model, encoder, prompts, scorer, **settings)
+    trainer.recorder.end_evaluation(trainer.state.global_step)
+    trainer.recorder.write_report()
     trainer.save_model()
     if trainer.is_world_process_zero():
         report(trainer, before, after, prompts)
@@ -249,5 +254,8 @@ def report(
     labels = [(label, key, f"{key}_std") for key, label in LABELS.items() if key in before[0]]
     print_table("Before and after RRHF", ("", "before", "after"), before_and_after(labels, before[0], after[0]))
     print_pairs(prompts[:SAMPLES]["prompt"], before[1][:SAMPLES], after[1][:SAMPLES], "response")
+    trainer.create_model_card()
     print(f"policy adapter   {folder}\npicture          {folder / 'training.png'}")
+    if (folder / "report.html").is_file():
+        print(f"report           {folder / 'report.html'}")
     print(f'load it with     AutoPeftModelForCausalLM.from_pretrained("{folder}")')

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import random
 import signal
 import tempfile
 import warnings
@@ -10,12 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 TRUE = ("true", "1", "yes")
+WATCHED, MOMENTS = 8, 6  # held-out prompts that are completed on the way, and how often
 
 
 def quiet_libraries() -> None:
@@ -144,6 +147,45 @@ class EvaluationAtStart(TrainerCallback):
         args.eval_on_start = args.eval_on_start and state.global_step == 0
         if args.eval_on_start:
             printer()("Evaluating the policy before training ...", flush=True)
+
+
+class HeldOutSamples(TrainerCallback):
+    """Completes a few held-out prompts now and then in a PPO run without evaluations on its way, for its report.
+
+    Every time with the same random numbers, which the training knows nothing of; reward functions are called for them.
+
+    Args:
+        trainer: `PPOMaxTrainer`.
+        prompts: Of the evaluation; the first few are taken, as many on every process.
+    """
+
+    def __init__(self, trainer: Any, prompts: Any):
+        self.trainer = trainer
+        processes, index = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        count = min(WATCHED, len(prompts)) // processes
+        self.rows = [prompts[index * count + i] for i in range(count)]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        every, stride = max(state.max_steps // (MOMENTS + 1), 1), args.steps_per_update
+        due = state.global_step // every != (state.global_step - stride) // every
+        if not self.rows or not due or args.eval_strategy != "no" or state.global_step >= state.max_steps:
+            return
+        if args.at_border(state.global_step, state.max_steps):
+            with seeded(args.seed + args.process_index), everything_seeded(args.seed):
+                self.trainer.complete_and_keep(self.rows)
+
+
+@contextlib.contextmanager
+def everything_seeded(seed: int) -> Iterator[None]:
+    """Python's and numpy's random numbers from a seed of their own, as `seeded` does PyTorch's."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def first_evaluation(history: list[dict[str, Any]], key: str) -> dict[str, Any]:
