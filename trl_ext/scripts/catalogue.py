@@ -347,6 +347,7 @@ COMMANDS: dict[str, Command] = {
         "trl_ext.scripts.preference_strength", "find labels that reward models doubt", STRENGTH, launched=True
     ),
     "plan-memory": Command("trl_ext.scripts.plan_memory", "what a run needs on a card", PLAN_MEMORY),
+    "vllm-serve": Command("trl_ext.scripts.vllm_serve", "start a vLLM server that rollouts are sampled through"),
     "report": Command("trl_ext.scripts.report", "a page about one run, or several beside each other"),
 }
 

@@ -1,6 +1,6 @@
 """Starts the vLLM server that rollouts are sampled through, waits until it answers, and says what to give the trainer.
 
-    python recipes/vllm_serve.py --model meta-llama/Llama-3.1-8B --max_lora_rank 16
+    trl-ext vllm-serve --model meta-llama/Llama-3.1-8B --max_lora_rank 16
 
 Run it with the Python of the environment that vLLM is installed in, or name that by --python: server and trainer need
 different versions of transformers. Nothing but Python itself is needed here. What stands behind `--` goes to vLLM.
