@@ -169,7 +169,7 @@ RRHF = Page(
     {
         "Model, data, reward": (CONFIG, OUTPUT, *MODEL, *PROMPTS),
         "Loss": (
-            ("learning_rate", "5e-05", "Learning rate"),
+            ("learning_rate", "0.0005", "Learning rate"),
             ("rank_coef", "1", "Weight of the ranking"),
             ("sft_coef", "1", "Weight of imitating the best response"),
             ("length_penalty", "1", "Exponent of the length in a response's log-probability"),
