@@ -132,7 +132,9 @@ def test_states_of_the_8_bit_optimizer_by_hand():
 # ---------------------------------------------------------------------------- activations and caches
 
 
-@each_architecture
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gpt_neox", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "gpt2"))]
+)
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_what_the_update_keeps_and_peaks_at(architecture, checkpointing):
     config, setup = make_config(architecture), replace(FLOAT32, checkpointing=checkpointing)
@@ -248,6 +250,7 @@ def test_a_rollout_batch_whose_cache_does_not_fit_is_generated_in_parts(planned)
     assert not plan_memory(tracer, weights, 1, rollout_batch=2 * plan.generate_batch).fits(card)
 
 
+@pytest.mark.slow
 def test_a_card_too_small_says_what_is_missing_and_what_would_help(planned):
     config, *_ = planned
     with pytest.raises(TooSmallError, match=r"missing(.|\n)*load_in_4bit: true: (.|\n)*a smaller model"):

@@ -113,6 +113,7 @@ def test_a_plan_that_nobody_asked_for_never_ends_a_run(plan_memory, model: Path,
         plan_memory.plan_of_run(recipe, *arguments)
 
 
+@pytest.mark.slow
 def test_auto_batch_keeps_the_rollout_and_logs_the_prediction(model: Path, repo_root: Path, tmp_path: Path) -> None:
     rows = [{"prompt": " ".join(["w3", "w4", "w5"][: 1 + i % 3])} for i in range(16)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -230,7 +230,7 @@ def test_a_report_that_cannot_be_written_loses_no_run(world, tmp_path, monkeypat
     monkeypatch.setattr("trl_ext.report.page.write_page", fail)
     tiny.trainer(world, tmp_path, write_report=True).train()
     assert "no ink" in caplog.text
-    assert "recipes/report.py" in caplog.text
+    assert "trl-ext report" in caplog.text
     assert run_of(tmp_path)["outcome"] == "finished"
 
 

@@ -10,6 +10,8 @@ import torch
 from tests.ppo import tiny
 from tests.reward import two_processes
 
+pytestmark = pytest.mark.slow  # PPO's run by default, and so does its whole recipe
+
 
 @pytest.fixture(scope="module")
 def folder(base, tmp_path_factory, repo_root):
