@@ -236,10 +236,10 @@ def _apply(act: dict[str, Any], labels: dict[str, Label], skipped: dict[str, Non
                 break
         return
     history.append(pair)
+    skipped.pop(pair, None)
     if act["act"] == "skip":
-        skipped[pair] = None
+        skipped[pair] = None  # the last one skipped comes last again
     else:
-        skipped.pop(pair, None)
         labels[pair] = Label(*(act[name] for name in ("pair", "annotator", "verdict", "left", "time")))
 
 
