@@ -105,7 +105,9 @@ class Desk:
         elif not message:
             message = "Done: every pair has a label. Thank you."
             if file.skipped:
-                message = f"Done, but for {len(file.skipped)} skipped pairs: start with --show_skipped true to see them."
+                message = (
+                    f"Done, but for {len(file.skipped)} skipped pairs: start with --show_skipped true to see them."
+                )
         return View(
             annotator, *texts, file.acts, len(file.labels), len(file.skipped), len(self.pairs), _rate(file), message
         )

@@ -45,7 +45,7 @@ class Vote:
 def count_votes(labels: Iterable[Label]) -> dict[str, Vote]:
     """Pair -> what all annotators said.
 
-        soft_label = 1/V sum_v (1 if value_v > 0, 1/2 if value_v = 0, else 0)        strength = 1/V sum_v value_v
+    soft_label = 1/V sum_v (1 if value_v > 0, 1/2 if value_v = 0, else 0)        strength = 1/V sum_v value_v
     """
     values: dict[str, list[int]] = {}
     for label in labels:

@@ -275,7 +275,9 @@ def read_labels(paths: str | Path | Sequence[str | Path]) -> list[Label]:
     files: list[Path] = []
     for path in listed:
         if not path.exists():
-            raise FileNotFoundError(f"there are no labels at {path.resolve()}: name a file or folder of the label page.")
+            raise FileNotFoundError(
+                f"there are no labels at {path.resolve()}: name a file or folder of the label page."
+            )
         files += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     found: list[Label] = []
     for path in files:

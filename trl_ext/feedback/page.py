@@ -96,7 +96,7 @@ def build_page(desk: Desk, criteria: str) -> Any:
                     right = gradio.Textbox(label="Right", elem_id="right", **fixed)
                 with gradio.Row():
                     buttons = {
-                        name: gradio.Button(f"{text} ({key})", elem_id=f"choice-{name}", min_width=90)
+                        name: gradio.Button(f"{text} ({key})", elem_id=f"choice-{name}", min_width=90, size="sm")
                         for name, key, text in BUTTONS
                     }
             with gradio.Column(scale=1, min_width=220):
@@ -287,7 +287,9 @@ def serve(
         ValueError: See `bind`; a token that is too short.
         ImportError: Gradio is missing.
     """
-    if token is not None and (len(token) < 16 or not token.isascii() or not token.replace("-", "").replace("_", "").isalnum()):
+    if token is not None and (
+        len(token) < 16 or not token.isascii() or not token.replace("-", "").replace("_", "").isalnum()
+    ):
         raise ValueError("the token must have at least 16 letters, digits, '-' or '_': leave it out for a random one.")
     if token is None and not is_loopback(host):
         token = secrets.token_urlsafe(24)
