@@ -1,4 +1,4 @@
-"""Which pairs to label next: by what a label would tell about the reward model, at random, or by how much they differ."""
+"""Which pairs to label next: by what a label would tell about the reward model, by how they differ, or at random."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence

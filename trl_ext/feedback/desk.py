@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 from trl_ext.feedback.labels import LabelError, LabelFile, blind_left
@@ -172,6 +173,6 @@ def show_conversation(prompt: Prompt) -> str:
 
 def _rate(file: LabelFile) -> float | None:
     times = sorted(datetime.fromisoformat(label.time) for label in file.labels.values())[-RATE_OVER:]
-    gaps = [(b - a).total_seconds() for a, b in zip(times, times[1:], strict=False)]
+    gaps = [(b - a).total_seconds() for a, b in pairwise(times)]
     gaps = [gap for gap in gaps if gap <= PAUSE]
     return 3600 * len(gaps) / sum(gaps) if len(gaps) >= 2 and sum(gaps) > 0 else None

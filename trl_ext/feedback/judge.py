@@ -71,15 +71,9 @@ class Estimate:
     cost: float | None
 
     def __str__(self) -> str:
-        cost = (
-            "cost unknown: give --price_input and --price_output"
-            if self.cost is None
-            else f"cost about {self.cost:.2f}"
-        )
-        return (
-            f"{self.requests:,} requests, about {self.input_tokens:,} tokens in and at most {self.output_tokens:,} out; "
-            f"{cost}"
-        )
+        cost = "cost unknown without prices" if self.cost is None else f"cost about {self.cost:.2f}"
+        tokens = f"about {self.input_tokens:,} tokens in, at most {self.output_tokens:,} out"
+        return f"{self.requests:,} requests, {tokens}; {cost}"
 
 
 # ---------------------------------------------------------------------- answers
