@@ -1,10 +1,10 @@
 """Two policies compared by a model behind an OpenAI-compatible endpoint, every pair in both orders.
 
-    python recipes/judge.py --answers_a after.jsonl --answers_b before.jsonl --judge_model gpt-4o-mini \\
+    python recipes/judge.py --answers_a after.jsonl --answers_b before.jsonl --judge_model NAME \\
         --output_dir out/judge --price_input 0.15 --price_output 0.6
 
-A line of the files has `prompt` and `answer`. The key is read from the environment (OPENAI_API_KEY) and written nowhere.
-Replies are kept on disk when they come: start it again to go on. `--dry_run true` shows the cost and stops.
+A line of the files has `prompt` and `answer`. The key is read from the environment (OPENAI_API_KEY), and written
+nowhere. Replies are kept on disk when they come: start it again to go on. `--dry_run true` shows the cost and stops.
 """
 
 import os
@@ -168,8 +168,8 @@ def show(recipe: JudgeArguments, judged: list[Any], people: list[Any] | None, en
         content["people"] = agreement_with_people(judged, people)
         same = content["people"]
         print(
-            f"people: the judge says the same on {same['same']:.0%} of {same['pairs']:,} pairs; where both prefer one, on "
-            f"{same['same_where_decided']:.0%} of {same['decided']:,}"
+            f"people: the judge says the same on {same['same']:.0%} of {same['pairs']:,} pairs; where both prefer one, "
+            f"on {same['same_where_decided']:.0%} of {same['decided']:,}"
         )
     write_json(Path(recipe.output_dir) / "result.json", content)
     print(

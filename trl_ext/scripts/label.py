@@ -4,8 +4,8 @@
     python recipes/label.py pairs.jsonl --export preferences.jsonl        # TRL's format, with strength
     python recipes/label.py pairs.jsonl --import_from others.csv --annotator ben
 
-A line of the file has `prompt`, `answer_a` and `answer_b` (or two `responses`, or `chosen` and `rejected`). Labels go to
-`pairs.labels/<annotator>.jsonl`, one line an act. On another address than 127.0.0.1 a token is asked for:
+A line of the file has `prompt`, `answer_a` and `answer_b` (or two `responses`, or `chosen` and `rejected`). Labels go
+to `pairs.labels/<annotator>.jsonl`, one line an act. On another address than 127.0.0.1 a token is asked for:
 TRL_EXT_LABEL_TOKEN, or a random one that is printed.
 """
 
