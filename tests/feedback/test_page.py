@@ -26,11 +26,7 @@ from trl_ext.feedback.page import CRITERIA, serve
 from trl_ext.feedback.pairs import read_pairs
 serve(Desk(read_pairs(sys.argv[1]), sys.argv[2]), CRITERIA.read_text(), port=int(sys.argv[3]))
 """
-QUESTIONS = (
-    "Why is the sky blue, in one sentence?",
-    "My neighbour's dog barks all night. What can I do?",
-    "Explain to a child what a shadow is.",
-)
+QUESTION = "Why is the sky blue, in one sentence?"
 ANSWERS = (
     "Air scatters blue light more than red, so blue reaches your eyes from every part of the sky.",
     "It is blue because it reflects the sea, which everybody knows is blue.",
@@ -106,7 +102,7 @@ def test_twenty_labels_by_keyboard_and_none_is_lost_or_doubled(tmp_path):
 
     rows = [
         {
-            "prompt": [{"role": "user", "content": f"{QUESTIONS[i % 3]} ({i})"}],
+            "prompt": [{"role": "user", "content": f"{QUESTION} ({i})"}],
             "answer_a": f"{ANSWERS[0]} ({i})" if i % 3 else f"{SCRIPT} ({i})",
             "answer_b": f"{ANSWERS[1]} ({i})",
         }

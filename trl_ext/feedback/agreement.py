@@ -198,8 +198,8 @@ def agreement_report(
     """How well annotators agree.
 
     An annotator is off if they agree with the others less than the others among themselves, in 99.5 % of the resamples
-    of the pairs; that takes three annotators. A topic is off if annotators agree on it less than on all other topics, in
-    99.5 % of the resamples.
+    of the pairs; that takes three annotators. A topic is off if annotators agree on it less than on all other topics,
+    in 99.5 % of the resamples.
 
     Args:
         labels: That hold.
