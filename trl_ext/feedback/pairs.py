@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,3 +138,12 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
 def by_id(pairs: Sequence[Pair]) -> dict[str, Pair]:
     """Id -> pair."""
     return {pair.id: pair for pair in pairs}
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for NaN, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -62,7 +62,6 @@ class ReplyCache:
         self.torn = len(content) - end
         if self.torn:
             os.truncate(self.path, end)
-        self._file = self.path.open("ab")
 
     def get(self, key: str) -> Reply | None:
         """The reply, if it is there."""
@@ -70,15 +69,12 @@ class ReplyCache:
 
     def put(self, key: str, reply: Reply) -> None:
         """Keep a reply; on return it is on disk."""
-        with self._lock:
-            self._file.write(json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        line = json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False).encode() + b"\n"
+        with self._lock, self.path.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
             self._replies[key] = reply
-
-    def close(self) -> None:
-        """No more replies."""
-        self._file.close()
 
 
 class Endpoint:

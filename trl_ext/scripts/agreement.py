@@ -54,17 +54,17 @@ def main(arguments: list[str] | None = None) -> None:
     from trl_ext.feedback.agreement import agreement_report
     from trl_ext.feedback.exchange import check_labels
     from trl_ext.feedback.labels import read_labels
-    from trl_ext.feedback.pairs import read_pairs
+    from trl_ext.feedback.pairs import read_pairs, without_nan
 
     pairs = read_pairs(str(recipe.pairs))
     if recipe.output_dir is not None:
         check_output_dir(recipe.output_dir)
     labels = check_labels(pairs, read_labels(recipe.labels or [Path(str(recipe.pairs)).with_suffix(".labels")]))
     report = agreement_report(labels, pairs, recipe.topic, recipe.resamples, recipe.seed)
-    show(report)
     if recipe.output_dir is not None:
         content = asdict(report) | {"kappa": {" and ".join(k): asdict(v) for k, v in report.kappa.items()}}
-        write_json(Path(recipe.output_dir) / "agreement.json", _plain(content))
+        write_json(Path(recipe.output_dir) / "agreement.json", without_nan(content))
+    show(report)
 
 
 def show(report: Any) -> None:
@@ -97,10 +97,3 @@ def show(report: Any) -> None:
         print_table("Topics", ("topic", "share of agreement", "alpha"), topics)
     for sentence in report.off:
         print(f"off: {sentence}")
-
-
-def _plain(value: Any) -> Any:
-    """The same with None for NaN, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value

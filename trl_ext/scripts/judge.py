@@ -144,7 +144,6 @@ def main(arguments: list[str] | None = None) -> None:
             concurrency=recipe.concurrency,
             progress=bar.update,
         )
-    cache.close()
     write_rows(
         folder / "verdicts.jsonl",
         [{"pair": r.pair.id, "verdict": r.verdict, "consistent": r.consistent, "said": r.said} for r in judged],
@@ -155,23 +154,25 @@ def main(arguments: list[str] | None = None) -> None:
 def show(recipe: JudgeArguments, judged: list[Any], people: list[Any] | None, endpoint: Any) -> None:
     """The result as a table, and in result.json."""
     from trl_ext.feedback.judge import count_failures
+    from trl_ext.feedback.pairs import without_nan
     from trl_ext.feedback.win_rate import agreement_with_people, win_rate
 
     result = win_rate(judged, recipe.resamples, recipe.seed)
     failures = count_failures(judged)
     content: dict[str, Any] = asdict(result) | {"judge_model": recipe.judge_model, "judge_prompt": recipe.judge_prompt}
     content["failures"] = dict(failures.counts)
+    if people is not None:
+        content["people"] = agreement_with_people(judged, people)
+    write_json(Path(recipe.output_dir) / "result.json", without_nan(content))
     print_table(f"A: {recipe.answers_a}, B: {recipe.answers_b}", ("", "value"), result.rows())
     for kind, count in failures.counts.items():
         print(f"failed, {kind}: {count:,} replies, as {failures.examples[kind]}")
     if people is not None:
-        content["people"] = agreement_with_people(judged, people)
         same = content["people"]
         print(
             f"people: the judge says the same on {same['same']:.0%} of {same['pairs']:,} pairs; where both prefer one, "
             f"on {same['same_where_decided']:.0%} of {same['decided']:,}"
         )
-    write_json(Path(recipe.output_dir) / "result.json", content)
     print(
         f"{endpoint.requests:,} requests in this run: {endpoint.input_tokens:,} tokens in, "
         f"{endpoint.output_tokens:,} out"
