@@ -29,7 +29,12 @@ def read(path):
 
 
 RESPONSES = [
-    {"index": i, "prompt": f"w{i} w{i + 1}", "responses": [f"w{i}", "w2 w3", "w9 w1 w4", "w2 w3"], "topic": f"t{i % 2}"}
+    {
+        "index": i,
+        "prompt": f"w{i} w{i + 1}",
+        "responses": [f" w{i}", " w2 w3", " w9 w1 w4", " w2 w3"],
+        "topic": f"t{i % 2}",
+    }
     for i in range(4, 10)
 ]
 ROWS = [{"prompt": f"q{i}", "answer_a": f"a{i}", "answer_b": f"b{i}", "topic": f"t{i % 2}"} for i in range(8)]
