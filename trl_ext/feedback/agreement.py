@@ -166,8 +166,8 @@ def bootstrap(
     defined = [draw for draw in draws if not math.isnan(draw)]
     if len(defined) < max(1, resamples // 2):
         return Estimate(value, math.nan, math.nan, count)
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return Estimate(value, float(low), float(high), count)
+    low, high = (float(np.quantile(defined, q)) for q in (0.025, 0.975))
+    return Estimate(value, low, high, count)
 
 
 def _resampled(table: Table, rng: np.random.Generator) -> Table:

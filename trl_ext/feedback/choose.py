@@ -124,7 +124,7 @@ def make_candidates(
     found, left_out = [], 0
     seen = set(taken)
     for number, row in enumerate(rows):
-        responses = row.get("responses")
+        responses: Any = row.get("responses")
         if not is_list(responses) or not all(isinstance(text, str) for text in responses):
             raise ValueError(f"row {number}: responses={shorten(responses)} must be a list of texts.")
         columns = {k: v for k, v in row.items() if k not in ("prompt", "responses", "scores", "sources", "truncated")}

@@ -116,9 +116,10 @@ def _answered(row: Any) -> tuple[Prompt, str]:
         raise RowError("no prompt", f"prompt is {shorten(prompt)}, neither a text nor messages")
     if not isinstance(prompt, str):
         prompt = [{"role": str(m.get("role")), "content": m["content"]} for m in prompt]
-    answer = next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
-    if answer is None and is_list(row.get("responses")) and len(row["responses"]) == 1:
-        answer = row["responses"][0]
+    answer: Any = next((row[name] for name in ANSWER_COLUMNS if row.get(name) is not None), None)
+    responses: Any = row.get("responses")
+    if answer is None and is_list(responses) and len(responses) == 1:
+        answer = responses[0]
     if is_list(answer) and len(answer) == 1 and isinstance(answer[0], dict):
         answer = answer[0].get("content")
     if not isinstance(answer, str):

@@ -128,7 +128,7 @@ def build_page(desk: Desk, criteria: str) -> Any:
                 unchanged = [gradio.skip()] * 7
                 return [gradio.update(visible=True), gradio.update(visible=False), _told(gradio, error), *unchanged]
 
-        def open_page(request: gradio.Request) -> list[Any]:
+        def open_page(request: gradio.Request) -> list[Any]:  # type: ignore[name-defined]
             name = request.query_params.get("annotator")
             if not name:
                 return [gradio.skip()] * len(outputs)
