@@ -101,7 +101,9 @@ import sys
 from trl_ext.feedback.labels import LabelError, LabelFile
 pairs = [f"{i:016x}" for i in range(30)]
 file = LabelFile(sys.argv[1], "anna", pairs)
-for pair in pairs if sys.argv[2] == "forward" else reversed(pairs):
+print("ready", flush=True)
+sys.stdin.readline()
+for pair in pairs:
     try:
         file.label(pair, "a")
         print(pair, flush=True)
@@ -110,21 +112,28 @@ for pair in pairs if sys.argv[2] == "forward" else reversed(pairs):
 """
 
 
-def start_writer(folder, order):
-    command = [sys.executable, "-c", WRITER, str(folder), order]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def start_writers(folder, count):
+    """Processes that label the same pairs in the same order, all at once."""
+    command = [sys.executable, "-c", WRITER, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen(command, **pipes) for _ in range(count)]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    return writers
 
 
-def test_two_processes_of_one_annotator_label_every_pair_once(tmp_path):
-    writers = [start_writer(tmp_path, order) for order in ("forward", "backward")]
-    said = [line for writer in writers for line in writer.communicate()[0].split()]
+def test_three_processes_of_one_annotator_label_every_pair_once(tmp_path):
+    said = [line for writer in start_writers(tmp_path, 3) for line in writer.communicate()[0].split()]
     assert sorted(said) == PAIRS
     lines = (tmp_path / "anna.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["pair"] for line in lines) == PAIRS
 
 
 def test_what_was_confirmed_before_kill_9_is_there(tmp_path):
-    writer = start_writer(tmp_path, "forward")
+    (writer,) = start_writers(tmp_path, 1)
     said = [writer.stdout.readline().strip() for _ in range(5)]
     os.kill(writer.pid, signal.SIGKILL)
     said += writer.communicate()[0].split()
