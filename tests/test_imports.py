@@ -37,11 +37,12 @@ ALLOWED = {
     "data": {"ops", "text"},
     "toy": {"ops", "roles", "data"},
     "memory": {"ops", "roles"},
+    "feedback": {"data"},
     "ppo": BELOW_METHODS,
     "reward": BELOW_METHODS,
     "rrhf": BELOW_METHODS,
     "__main__": {"scripts"},
-    "scripts": BELOW_METHODS | {"ppo", "reward", "rrhf", "memory", "toy"} | set(trl_ext.__all__),
+    "scripts": BELOW_METHODS | {"ppo", "reward", "rrhf", "memory", "toy", "feedback"} | set(trl_ext.__all__),
 }
 METHODS = ("ppo", "reward", "rrhf")
 # Files of a method that are functions of tensors and settings: they do not know the shared model.

@@ -159,6 +159,22 @@ def test_a_record_holds_what_was_sampled_and_what_was_there(world, model, tokeni
     assert sum(report.duplicates.values()) == expected
 
 
+def test_without_a_scorer_there_are_the_same_responses_and_no_scores(world, model, tokenizer, tmp_path):
+    from trl_ext.rrhf.data import encode_dataset
+
+    args = SamplingConfig(sampling_methods=["temperature:2"], max_new_tokens=3)
+    scored, unscored = tmp_path / "scored.jsonl", tmp_path / "unscored.jsonl"
+    sample_responses(model, tokenizer, prompts(4), scored, args, scorer(tokenizer))
+    report = sample_responses(model, tokenizer, prompts(4), unscored, args, None)
+    with_scores, without = (list(map(json.loads, path.read_text().splitlines())) for path in (scored, unscored))
+    assert [{k: v for k, v in record.items() if k != "scores"} for record in with_scores] == without
+    assert [row[2] for row in report.rows()] == ["-"]
+    with pytest.raises(ValueError, match="scored=False -> None"):
+        sample_responses(model, tokenizer, prompts(4), unscored, args, scorer(tokenizer))
+    with pytest.raises(ValueError, match="no column scores"):
+        encode_dataset(load_responses(unscored), "train_dataset", TextEncoder(tokenizer, ENDS), max_length=32)
+
+
 def test_what_the_limit_cut_gets_no_end_in_training(model, tokenizer, tmp_path):
     from trl_ext.rrhf.data import encode_dataset
 

@@ -1,4 +1,4 @@
-"""K responses to every prompt of a dataset, from the policy and from the dataset itself, scored for RRHF."""
+"""K responses to every prompt of a dataset, from the policy and from the dataset itself, scored for RRHF or not."""
 
 import dataclasses
 import math
@@ -126,7 +126,8 @@ class SamplingReport:
         """Count one line of the file."""
         self.prompts += 1
         seen = set()
-        rated = zip(record["responses"], record["scores"], record["sources"], record["truncated"], strict=True)
+        scores = record.get("scores", [math.nan] * len(record["responses"]))
+        rated = zip(record["responses"], scores, record["sources"], record["truncated"], strict=True)
         for text, score, source, cut in rated:
             self.responses[source] += 1
             self.truncated[source] += cut
@@ -139,9 +140,13 @@ class SamplingReport:
         """For a table: source, responses, mean score, truncated, duplicates, empty."""
         counters = (self.truncated, self.duplicates, self.empty)
         return [
-            (source, f"{n:,}", f"{self.score_sums[source] / n:.3f}", *(f"{counter[source]:,}" for counter in counters))
+            (source, f"{n:,}", self._mean_score(source), *(f"{counter[source]:,}" for counter in counters))
             for source, n in self.responses.items()
         ]
+
+    def _mean_score(self, source: str) -> str:
+        mean = self.score_sums[source] / self.responses[source]
+        return "-" if math.isnan(mean) else f"{mean:.3f}"
 
 
 def sample_responses(
@@ -150,7 +155,7 @@ def sample_responses(
     dataset: Dataset,
     path: str | Path,
     args: SamplingConfig,
-    scorer: ResponseScorer,
+    scorer: ResponseScorer | None,
     settings: dict[str, Any] | None = None,
     engine: VLLMEngine | None = None,
 ) -> SamplingReport:
@@ -165,7 +170,8 @@ def sample_responses(
         dataset: Column `prompt`, plain or conversational, and `args.response_columns`.
         path: The jsonl file.
         args: How.
-        scorer: Scores prompt and response, its end token included.
+        scorer: Scores prompt and response, its end token included. None: lines have no `scores`, for pairs that people
+            label; RRHF cannot train on them.
         settings: Whatever else decides the responses (names of model, dataset, scorers), to be the same on resuming.
         engine: A vLLM server that samples in place of the model.
 
@@ -192,6 +198,8 @@ def sample_responses(
         decided["chat_template_kwargs"] = encoder.chat_template_kwargs
     if engine is not None:
         decided["sampler"] = "vllm"
+    if scorer is None:
+        decided["scored"] = False
     log = ResponseLog(path, decided | (settings or {}))
     _check_prompts(log, dataset)
     report = SamplingReport(resumed=len(log.done), torn=log.torn)
@@ -239,7 +247,7 @@ def _sample_batch(
     dataset: Dataset,
     indices: list[int],
     args: SamplingConfig,
-    scorer: ResponseScorer,
+    scorer: ResponseScorer | None,
     engine: VLLMEngine | None,
 ) -> list[Record]:
     """The finished records of some prompts."""
@@ -259,7 +267,9 @@ def _sample_batch(
         rows.append(RankedRow(columns["prompt"], prompt_ids, [], [], kept))
     records: list[Record] = []
     for index, row in zip(indices, rows, strict=True):
-        empty: Record = {"responses": [], "scores": [], "sources": [], "truncated": []}
+        empty: Record = (
+            {"responses": []} | ({} if scorer is None else {"scores": []}) | {"sources": [], "truncated": []}
+        )
         records.append(row.columns | {"index": index, "prompt": row.prompt} | empty)
     generators = [prompt_generator(args.sampling_seed, index) for index in indices]
     for method, count in args.counts.items():
@@ -285,7 +295,8 @@ def _sample_batch(
             for text in _responses_in(dataset[index][name]):
                 ids = encoder.response_ids(row.prompt, text, where=f"row {index}")
                 _add(row, record, ids[:room], text, name, False)
-    _score(rows, records, scorer, args.sampling_batch_size)
+    if scorer is not None:
+        _score(rows, records, scorer, args.sampling_batch_size)
     return records
 
 

@@ -346,6 +346,10 @@ COMMANDS: dict[str, Command] = {
     "preference-strength": Command(
         "trl_ext.scripts.preference_strength", "find labels that reward models doubt", STRENGTH, launched=True
     ),
+    "choose": Command("trl_ext.scripts.choose", "which pairs of answers people should label next"),
+    "label": Command("trl_ext.scripts.label", "label pairs on a local page"),
+    "agreement": Command("trl_ext.scripts.agreement", "how far annotators agree; labels to preferences"),
+    "judge": Command("trl_ext.scripts.judge", "two policies' answers, judged by a model"),
     "plan-memory": Command("trl_ext.scripts.plan_memory", "what a run needs on a card", PLAN_MEMORY),
     "vllm-serve": Command("trl_ext.scripts.vllm_serve", "start a vLLM server that rollouts are sampled through"),
     "report": Command("trl_ext.scripts.report", "a page about one run, or several beside each other"),

@@ -60,23 +60,37 @@ def parse(arguments: list[str]) -> tuple[EvaluationArguments, ModelConfig, Given
 
 def score_all(recipe: EvaluationArguments, model_args: ModelConfig) -> tuple[list[Any], list[Any], Any, Any]:
     """Raw scores of each adapter, (N, 2), and its stored scale; the tokenised rows; strengths, if there are any."""
-    import torch
-
-    from trl_ext import RewardModelConfig
     from trl_ext.data import has_splits, load_preferences
-    from trl_ext.reward.data import tokenize_preferences
-    from trl_ext.reward.scoring import make_collator, score_rows
-    from trl_ext.roles import RewardModel, read_adapter
-    from trl_ext.text import TextEncoder
 
     assert recipe.dataset_name is not None
     split = recipe.dataset_test_split or ("test" if has_splits(recipe.dataset_name) else "train")
     dataset, report = load_preferences(recipe.dataset_name, recipe.dataset_format, split, config=recipe.dataset_config)
     print(report)
+    scores, scales, rows = score_dataset(recipe, model_args, dataset)
+    column = next((c for c in ("strength", "strength_mean") if c in dataset.column_names), None)
+    return scores, scales, rows, None if column is None else [dataset[i][column] for i in rows["row"]]
+
+
+def score_dataset(recipe: Any, model_args: ModelConfig, dataset: Any) -> tuple[list[Any], list[Any], Any]:
+    """Raw scores of preferences by each adapter, (N, 2), and its stored scale; the tokenised rows, N that can be used.
+
+    Args:
+        recipe: With `reward_adapter`, `batch_size`, `max_length` and `trust_remote_code`.
+        model_args: `ModelConfig`; without a model, what the adapters name.
+        dataset: `chosen` and `rejected`.
+    """
+    import torch
+
+    from trl_ext import RewardModelConfig
+    from trl_ext.reward.data import tokenize_preferences
+    from trl_ext.reward.scoring import make_collator, score_rows
+    from trl_ext.roles import RewardModel, read_adapter
+    from trl_ext.text import TextEncoder
+
     adapters = [read_adapter(path, f"--reward_adapter {path}") for path in recipe.reward_adapter]
     model_args.model_name_or_path = model_args.model_name_or_path or adapters[0].config.base_model_name_or_path
     tokenizer = tokenizer_of(model_args, recipe)
-    settings = RewardModelConfig(recipe.output_dir, max_length=recipe.max_length, use_cpu=True, bf16=False)
+    settings = RewardModelConfig("unused", max_length=recipe.max_length, use_cpu=True, bf16=False)  # writes nothing
     rows, report = tokenize_preferences(dataset, TextEncoder(tokenizer), settings, "dataset")
     print(report)
     base = load_causal_base(model_args, recipe)
@@ -89,8 +103,7 @@ def score_all(recipe: EvaluationArguments, model_args: ModelConfig) -> tuple[lis
         scores.append(score_rows(model, rows, make_collator(model, tokenizer), recipe.batch_size))
         scales.append(model.scale)
         model.unload()
-    column = next((c for c in ("strength", "strength_mean") if c in dataset.column_names), None)
-    return scores, scales, rows, None if column is None else [dataset[i][column] for i in rows["row"]]
+    return scores, scales, rows
 
 
 def ensemble_scores(scores: list[Any], scales: list[Any]) -> Any:

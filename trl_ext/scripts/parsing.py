@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -63,8 +64,12 @@ class FlagParser(TrlParser):
         super().__init__(list(dataclass_types), allow_abbrev=False, add_help=False, prog=f"trl-ext {command}")
         self.usage = "%(prog)s [--flag value ...]"
         self.command = command
-        self.add_argument("-h", "--help", action=PrintPage, command=command, help="Show the flags most used.")
-        self.add_argument("--help-all", action="help", help="Show every flag.")
+        if COMMANDS[command].page is None:
+            self.description = sys.modules[COMMANDS[command].module].__doc__
+            self.add_argument("-h", "--help", action="help", help="Show every flag.")
+        else:
+            self.add_argument("-h", "--help", action=PrintPage, command=command, help="Show the flags most used.")
+            self.add_argument("--help-all", action="help", help="Show every flag.")
         self.passed_over = {f.name for each in passed_over for f in fields(each)}
 
     def parse(self, arguments: Sequence[str], default_config: Path | None = None) -> tuple[Any, ...]:

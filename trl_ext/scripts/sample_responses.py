@@ -5,7 +5,8 @@
 
 Start it again with the same options to go on where it stopped. `--response_columns human chosen` ranks responses that
 the dataset has along with the sampled ones. Scores come from `--reward_adapter` (several make an `--ensemble`), from
-`--reward_funcs` (file.py:function, or the id of a sequence-classification model), or from both, added up.
+`--reward_funcs` (file.py:function, or the id of a sequence-classification model), or from both, added up;
+`--unscored true` leaves them out, for recipes/choose.py.
 """
 
 import sys
@@ -49,6 +50,9 @@ class SampleArguments(VLLMOptions):
         default=None, metadata={"help": "Reward functions, path/to/file.py:function, or sequence classifiers by id."}
     )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One for each of `reward_funcs`."})
+    unscored: bool = field(
+        default=False, metadata={"help": "Sample only: for pairs that people label, not for RRHF, which needs scores."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the model bring code of its own."})
 
 
@@ -70,7 +74,11 @@ def parse(arguments: list[str]) -> tuple[SampleArguments, SamplingConfig, ModelC
     check_vllm_options(recipe)
     if recipe.vllm_server_url is not None:
         sampling.check_server()
-    check_prompt_flags(given, recipe)
+    if recipe.unscored:
+        names = ["reward_adapter", "reward_funcs", "reward_weights", "ensemble", "ensemble_coef"]
+        given.refuse(names, "--unscored samples without scores. Drop one of them.")
+    else:
+        check_prompt_flags(given, recipe)
     check_model_flags(given, model_args)
     given.refuse(
         [*LORA, "use_peft"], "nothing is trained here: responses come from the base, or from --policy_adapter."
@@ -103,14 +111,16 @@ def main(arguments: list[str] | None = None) -> None:
     model = load_policy(given, recipe, model_args, recipe, with_critic=False)
     if torch.cuda.is_available() and not getattr(model.get_base_model(), "is_quantized", False):
         model = model.to("cuda")
-    scorer = ResponseScorer(
-        model,
-        tokenizer,
-        functions,
-        reward_weights=recipe.reward_weights,
-        ensemble=recipe.ensemble,
-        ensemble_coef=recipe.ensemble_coef,
-    )
+    scorer = None
+    if not recipe.unscored:
+        scorer = ResponseScorer(
+            model,
+            tokenizer,
+            functions,
+            reward_weights=recipe.reward_weights,
+            ensemble=recipe.ensemble,
+            ensemble_coef=recipe.ensemble_coef,
+        )
     names = ("policy_adapter", "reward_adapter", "ensemble", "ensemble_coef", "reward_funcs", "reward_weights")
     settings = {name: getattr(recipe, name) for name in names} | {"model": model_args.model_name_or_path}
     if model_args.model_revision not in (None, "main"):
