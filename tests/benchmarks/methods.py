@@ -44,7 +44,10 @@ def text_of(completion: Any) -> str:
 
 
 def distinct_2(texts: list[str]) -> float:
-    """Different pairs of neighbouring words / pairs of neighbouring words, over all texts together (Li et al. 2016)."""
+    """Different pairs of neighbouring words / pairs of neighbouring words, over all texts together (Li et al. 2016).
+
+    That of `trl_ext.report.evaluation`, which the environment of TRL 1.12 does not have.
+    """
     pairs = [pair for text in texts for pair in pairwise(text.split())]
     return len(set(pairs)) / max(len(pairs), 1)
 

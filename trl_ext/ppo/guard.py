@@ -190,14 +190,12 @@ def _changes(first: Sequence[dict[str, float]], now: Sequence[dict[str, float]])
             faults[name] = f"{what} {value:.3g}, at the start {start:.3g}"
 
     def error(variance: Callable[[dict[str, float]], float]) -> float:
-        """Standard error of the difference of two means, their variances not the same (Welch)."""
+        """`ERRORS` standard errors of the difference of two means, their variances not the same (Welch)."""
         parts = (sum(variance(row) / row["samples"] for row in rows) / len(rows) ** 2 for rows in (first, now))
         return ERRORS * math.sqrt(sum(parts))
 
-    def share(key: str) -> float:
-        return error(lambda row: row.get(key, 0.0) * (1 - row.get(key, 0.0)))
-
-    shorter, at_once = error(lambda row: row.get("tokens_std", 0.0) ** 2), share("completions/ended_at_once")
+    shorter = error(lambda row: row.get("tokens_std", 0.0) ** 2)
+    at_once = error(lambda row: row["completions/ended_at_once"] * (1 - row["completions/ended_at_once"]))
     compare("entropy_low", "entropy", lambda now, start: now < 0.25 * start, "entropy")
     compare("entropy_high", "entropy", lambda now, start: now > 1.75 * start + 0.25, "entropy")
     compare("repetition", "completions/distinct_2", lambda now, start: now < 0.6 * start, "distinct-2")
