@@ -1,5 +1,6 @@
 """README and docs say what the code does: commands, paths, public names, options, metrics."""
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -73,3 +74,28 @@ def test_what_may_change_when_a_run_is_resumed_is_documented_and_nothing_else(re
     page = (repo_root / "docs" / "resuming.md").read_text().split("What may change (")[1]
     rows = dict(re.findall(r"^\| ([a-z ]+) \| (`.*) \|$", page, flags=re.M))
     assert {group: tuple(re.findall(r"`(\w+)`", row)) for group, row in rows.items()} == MAY_CHANGE
+
+
+def definitions(path: Path) -> set[str]:
+    """Functions and classes of a file, and methods as `Class.method`."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+def test_papers_and_details_name_functions_and_tests_that_there_are(repo_root: Path) -> None:
+    page = (repo_root / "docs" / "papers.md").read_text()
+    named = re.findall(r"`([\w/]+\.py): ([\w.]+)`", page)
+    assert len(named) > 50
+    for file, name in named:
+        folder = "tests" if Path(file).name.startswith("test_") else "trl_ext"
+        assert name in definitions(repo_root / folder / file), f"{folder}/{file}: {name}"
+    for file in re.findall(r"`([\w/]+(?:\.py|/))`", page):
+        assert (repo_root / "trl_ext" / file).exists(), file
+    details = re.findall(r"^\| (\d+) \| .+ \| `[\w/]+\.py: [\w.]+` \| `[\w/]+\.py: test_\w+` \|$", page, flags=re.M)
+    assert [int(number) for number in details] == list(range(1, len(details) + 1))
+    assert len(details) >= 24
