@@ -99,3 +99,53 @@ def test_papers_and_details_name_functions_and_tests_that_there_are(repo_root: P
     details = re.findall(r"^\| (\d+) \| .+ \| `[\w/]+\.py: [\w.]+` \| `[\w/]+\.py: test_\w+` \|$", page, flags=re.M)
     assert [int(number) for number in details] == list(range(1, len(details) + 1))
     assert len(details) >= 24
+
+
+def messages(root: Path) -> str:
+    """What the package may say, each placeholder as a blank."""
+    found = []
+    for path in (root / "trl_ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else " " for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_errors_of_the_troubleshooting_page_are_ours(repo_root: Path) -> None:
+    page = (repo_root / "docs" / "troubleshooting.md").read_text()
+    tables = re.findall(r"^\| the error says \|.*\n\| ---.*\n((?:\|.*\n)+)", page, flags=re.M)
+    said = [
+        text for table in tables for row in table.splitlines() for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])
+    ]
+    assert len(said) >= 20
+    ours = messages(repo_root)
+    assert [text for text in said if text not in ours] == []
+
+
+def anchors(page: str) -> set[str]:
+    """Of the headings, as the site and GitHub make them."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page, flags=re.M | re.S), flags=re.M)
+    plain = [
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title)).strip().lower() for title in titles
+    ]
+    return {title.replace(" ", "-") for title in plain}
+
+
+def test_links_to_a_part_of_a_page_find_it(repo_root: Path) -> None:
+    for page in documents(repo_root):
+        for link, part in re.findall(r"\]\((?!https?:)([^)#]*\.md)?#([^)]+)\)", page.read_text()):
+            target = page.parent / link if link else page
+            assert part in anchors(target.read_text()), f"{page.name}: {link}#{part}"
+
+
+def test_every_question_has_an_answer_on_a_page(repo_root: Path) -> None:
+    page = (repo_root / "docs" / "questions.md").read_text()
+    rows = re.findall(r"^\| ([^|]+\?[^|]*|[^|]+\.) \| ([^|]+) \| ([^|]+) \|$", page, flags=re.M)
+    assert len(rows) >= 20
+    for question, answer, asked in rows:
+        assert re.search(r"\]\((\w+\.md)?(#[\w-]+)?\)", answer), question
+        assert "](https://github.com/" in asked, question
