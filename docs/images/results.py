@@ -1,6 +1,6 @@
-"""Draws compare.png and tinystories.png from the tables in docs/results: `python docs/images/results.py`.
+"""Draws compare.png, tinystories.png and memory.png from the tables of the pages: `python docs/images/results.py`.
 
-Both show reward against KL at equal samples. The axis of the KL is its square root, since reward grows with that: what
+The first two show reward against KL at equal samples. The axis of the KL is its square root, since reward grows with that: what
 lies on a straight line pays the same price for its reward.
 """
 
@@ -25,7 +25,7 @@ TICKS = (0, 1, 2.5, 5, 10, 20, 40, 80)
 
 def rows(page: str, title: str) -> list[list[str]]:
     """Cells of the table whose header begins so."""
-    text = (DOCS / "results" / page).read_text().split(f"\n| {title} |")[1]
+    text = (DOCS / page).read_text().split(f"\n| {title} |")[1]
     table = re.match(r".*\n\| ---.*\n((?:\|.*\n)+)", text)
     assert table is not None, f"{page}: no table that begins with {title}"
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
@@ -60,7 +60,7 @@ def finish(figure: plt.Figure, axis: Axes, largest: float, name: str) -> None:
 def compare() -> None:
     """Eight methods: the mean of three seeds, and from the smallest to the largest."""
     figure, axis = panel(8, 4.6)
-    for i, (method, reward, kl, *_) in enumerate(rows("rrhf.md", "method")):
+    for i, (method, reward, kl, *_) in enumerate(rows("results/rrhf.md", "method")):
         (y, y0, y1), (x, x0, x1) = numbers(reward), numbers(kl)
         color = OURS if method == "PPO-Max" else COLORS[i % len(COLORS)]
         axis.plot([x0, x1], [y, y], color=color, linewidth=1.5)
@@ -83,7 +83,7 @@ def compare() -> None:
 def tinystories() -> None:
     """PPO-Max and TRL's RLOO over a grid of settings, and the best that any policy can have."""
     figure, axis = panel(8, 4.6)
-    table = rows("ppo_max.md", "method | seed | rate, beta")
+    table = rows("results/ppo_max.md", "method | seed | rate, beta")
     for name, label, color, marker in (
         ("PPO-Max", "PPO-Max, defaults (3 seeds)", OURS, "o"),
         ("RLOO", "RLOO of TRL 1.16: nine settings of rate and beta", COLORS[1], "s"),
@@ -101,6 +101,30 @@ def tinystories() -> None:
     finish(figure, axis, 60, "tinystories.png")
 
 
+def memory() -> None:
+    """What each phase needs, by the plan, and what cards have."""
+    table = rows("memory.md", "shape | base")
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    phases = ("load", "generate", "score", "update")
+    for i, phase in enumerate(phases):
+        at = np.arange(len(table)) + 0.19 * (i - 1.5)
+        axis.bar(at, [float(row[3 + i]) for row in table], 0.17, color=(OURS, *COLORS)[i], label=phase)
+    for card in (8, 12):
+        axis.axhline(card, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axis.text(len(table) - 0.55, card + 0.15, f"a card of {card} GB", color=INK, ha="right", size=9)
+    axis.set_xticks(range(len(table)), [row[0] for row in table])
+    axis.set_ylim(0, 13)
+    axis.set_ylabel("GiB, predicted", color=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    for spine in axis.spines.values():
+        spine.set_color(RULE)
+    axis.tick_params(colors=INK, length=0)
+    axis.legend(frameon=False, labelcolor=INK, ncols=4, loc="upper left", bbox_to_anchor=(0, 0.9))
+    figure.savefig(Path(__file__).with_name("memory.png"), dpi=130)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     compare()
     tinystories()
+    memory()
