@@ -4,7 +4,7 @@
     python tests/notebooks.py docs/notebooks/ppo_max_qlora.ipynb --folder FOLDER --set 'MODEL="tinychat-3m"' PROMPTS=64
 
 It is run in FOLDER with the given values behind its cell of parameters, and written back with its outputs: what was
-printed and drawn, without progress bars and warnings. The values are not written: the cell of parameters stays as it was.
+printed and drawn, without progress bars and warnings. The values are not written: the cell of parameters stays.
 """
 
 import argparse

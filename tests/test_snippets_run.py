@@ -113,6 +113,11 @@ def test_migrating(names) -> None:
     assert run(function, {}, my_score=lambda p, c: len(c))["reward"](["a"], ["bc"]) == [2]
 
 
+def test_the_prompts_of_the_tutorial(names, tmp_path: Path) -> None:
+    run(pieces("docs/tutorial.md")[0], names)
+    assert (tmp_path / "prompts.jsonl").read_text().count('{"prompt":') == len(pairs())
+
+
 def test_the_policy_of_the_tutorial_is_merged_without_this_package(names, tmp_path: Path) -> None:
     run(re.sub(r', dtype="bfloat16"', "", pieces("docs/tutorial.md")[-1]), names)
     assert (tmp_path / "out" / "merged" / "config.json").is_file()

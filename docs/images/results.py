@@ -1,6 +1,6 @@
 """Draws compare.png, tinystories.png and memory.png from the tables of the pages: `python docs/images/results.py`.
 
-The first two show reward against KL at equal samples. The axis of the KL is its square root, since reward grows with that: what
+The first two show reward against KL at equal samples. The axis of the KL is its square root: what
 lies on a straight line pays the same price for its reward.
 """
 
