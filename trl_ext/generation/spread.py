@@ -5,7 +5,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def spread(work: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:

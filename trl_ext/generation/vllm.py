@@ -8,10 +8,11 @@ import hashlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -71,7 +72,8 @@ class VLLMEngine:
         folder: str | Path,
         owner: str | Path | None = None,
     ):
-        self.model, self.options, self.processes = model, options, PartialState()
+        self.model, self.options = model, options
+        self.processes: Any = PartialState()
         self.server = VLLMServer(str(options.vllm_server_url), options.vllm_timeout, options.vllm_wait)
         self.versions: Any = None  # of the main process
         self._published: dict[Role, Published] = {}  # of the main process
@@ -114,6 +116,15 @@ class VLLMEngine:
         if message is not None:
             raise VLLMError(message) from error
         return result
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside the block the main process works for itself, as at the end of a run, and no other takes part."""
+        before, self.processes = self.processes, SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)
+        try:
+            yield
+        finally:
+            self.processes = before
 
     # ------------------------------------------------------------------ adapters
 
