@@ -1,6 +1,9 @@
 """`rollout_lag=1`: the next rollout is sampled while the present one trains, by the policy that the present one has."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +107,7 @@ def test_old_logps_are_the_trainers_and_the_weights_make_up_for_the_lag(world, t
     assert (batches[1]["importance"][mask] - 1).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_an_error_in_the_background_is_raised_where_the_rollout_is_due(world, tmp_path, server):
     broken = []
 
@@ -225,3 +229,26 @@ def test_a_server_that_forgets_the_adapter_ends_a_lagging_run(world, tmp_path):
         trainer = tiny.trainer(world, tmp_path, **options)
         with pytest.raises(VLLMError, match=r"nats a token from the policy's"):
             trainer.train()
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_rollout_that_waits_and_on_its_errors(world, tmp_path, repo_root, server):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(Path(__file__).parent / "lag_two_processes.py")
+    process = subprocess.run(
+        [*launch, script, str(world), str(tmp_path), server.url],
+        cwd=repo_root,
+        env=tiny.environment(repo_root),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert process.returncode == 0, process.stderr[-5000:]
+    left, right = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert tiny.same(left["policy"], right["policy"])
+    # 4 rollouts an epoch: the border between two is passed
+    assert left["lags"] == right["lags"] == [0, 1, 1, 1, 1, 1]
+    for mine, others in zip(left["prompts"], right["prompts"], strict=True):
+        assert not set(mine) & set(others)
+    assert left["error"] == right["error"] == "refused with 400"
+    assert left["steps"] == right["steps"] == 1
