@@ -1,7 +1,5 @@
 """`rollout_lag=1`: the next rollout is sampled while the present one trains, by the policy that the present one has."""
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from transformers import TrainerCallback
 from tests.ppo import tiny
 from tests.ppo.test_resume import EVERYTHING, PASSES, Recorder, assert_same_run, killed_and_resumed, make
 from tests.ppo.test_vllm import LARGEST, MEAN, Restart, through
+from tests.processes import run_script
 from tests.vllm_stand_in import Sampling, StandIn
 from trl_ext import Role
 from trl_ext.generation.vllm_server import VLLMError
@@ -232,18 +231,10 @@ def test_a_server_that_forgets_the_adapter_ends_a_lagging_run(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_agree_on_the_rollout_that_waits_and_on_its_errors(world, tmp_path, repo_root, server):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = str(Path(__file__).parent / "lag_two_processes.py")
-    process = subprocess.run(
-        [*launch, script, str(world), str(tmp_path), server.url],
-        cwd=repo_root,
-        env=tiny.environment(repo_root),
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
+def test_two_processes_agree_on_the_rollout_that_waits_and_on_its_errors(world, tmp_path, server):
+    script = Path(__file__).parent / "lag_two_processes.py"
+    done = run_script(script, world, tmp_path, server.url, processes=2, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-5000:]
     left, right = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert tiny.same(left["policy"], right["policy"])
     # 4 rollouts an epoch: the border between two is passed
