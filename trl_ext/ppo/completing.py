@@ -129,16 +129,18 @@ class CompletesPrompts(Trainer):
             rows = len(mask) * self.accelerator.num_processes
             bound += self._room_for_lag(float(sums[0]) / rows) if lagging else 0.0
         if not mean <= bound:
-            raise VLLMError(self._why_so_far(rollout, theirs, mask, mean))
+            raise VLLMError(self._why_so_far(rollout, theirs, mask, mean, bound))
         return figures
 
-    def _why_so_far(self, rollout: Rollout, theirs: Tensor, mask: Tensor, mean: float) -> str:
+    def _why_so_far(self, rollout: Rollout, theirs: Tensor, mask: Tensor, mean: float, bound: float) -> str:
         args = self.args
         found = (
             f"the vLLM server at {args.vllm_server_url} sampled with log-probabilities that are {mean:.3g} nats a "
             f"token from the policy's on average, more than vllm_max_logp_difference="
-            f"{args.vllm_max_logp_difference:g}. "
+            f"{args.vllm_max_logp_difference:g}"
         )
+        room = bound - args.vllm_max_logp_difference
+        found += f" and the {room:.3g} that the update between may have moved. " if room > 0 else ". "
         warpers = [n for n, off in WARPERS.items() if (getattr(args, n) or off) != off]
         if warpers:
             return found + (
