@@ -11,6 +11,7 @@ from transformers import TrainerCallback, get_scheduler
 from transformers.trainer_callback import ExportableState
 
 from trl_ext.engines import keep_untrained
+from trl_ext.ppo.ahead import seed_of_epoch
 from trl_ext.ppo.state import PPOState
 from trl_ext.roles import Role
 from trl_ext.roles.sharding import total_norm
@@ -77,7 +78,7 @@ class PPOStateCallback(TrainerCallback, ExportableState):
         batch_sampler = getattr(batch_sampler, "batch_sampler", batch_sampler)
         generator = getattr(getattr(batch_sampler, "sampler", None), "generator", None)
         if isinstance(generator, torch.Generator):
-            generator.manual_seed(args.seed + int((state.epoch or 0) + 1e-6))
+            generator.manual_seed(seed_of_epoch(args.seed, state.epoch))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if self.zero:

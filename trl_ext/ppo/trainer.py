@@ -1,5 +1,6 @@
 """PPO-Max on TRL: `RLOOTrainer` with a critic, by two overridden methods."""
 
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -174,11 +175,12 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
             watched,
             optimizer=lambda: self.optimizer,
             checkpoint=lambda: self.loader.folder,
+            went_back=self.drop_ahead,
             whole=not engine,
         )
         self.add_callback(state_callback)
         self.add_callback(self.watch)
-        self.save_beside = self.watch.save
+        self.save_beside = self._save_beside
         facts = reward_facts(sources.functions) | data_facts("train_dataset", train_dataset)
         if args.ptx_coef > 0:
             facts |= data_facts("ptx_dataset", ptx_dataset)
@@ -366,6 +368,11 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
 
     def _restart(self, micro_batches: int) -> None:  # with a fresh rollout, so many micro-batches into the run
         self._step, self._buffered_inputs = micro_batches, None
+
+    def _save_beside(self, checkpoint: Path) -> None:
+        self.watch.save(checkpoint)
+        if self.ahead is not None:
+            self.ahead.save(checkpoint)
 
     def _card(self, *named: Any) -> str:
         others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
