@@ -39,6 +39,7 @@ from trl_ext.scripts.running import (
     HeldOutSamples,
     SeededEvaluation,
     first_evaluation,
+    options_of,
     printer,
     quiet_libraries,
     show_progress,
@@ -214,6 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     training.eval_on_start = training.eval_on_start or "eval_on_start" not in given
     trainer = Trainer(args=training, **inputs)
     trainer.dataset_name = recipe.dataset_name
+    trainer.recorder.options = options_of(recipe, model_args)
     trainer.add_callback(EvaluationAtStart())
     trainer.add_callback(HeldOutSamples(trainer, inputs["eval_dataset"]))
     shown = {"reward": "reward", "rewards/gold_reward/mean": "gold", "kl": "kl", "beta": "beta"}
