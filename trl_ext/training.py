@@ -71,6 +71,9 @@ class RoleTrainer(Trainer):
     _card: Callable[..., str]  # the card as text; its arguments are those of `create_model_card`
     save_beside: Callable[[Path], None] | None = None  # what else a checkpoint holds; its state is still its last file
     _name: str  # of the method
+    # Every method's loss is a mean over its micro-batch, which `Trainer` averages over those of a step. TRL says so of
+    # its own trainers since 1.15.
+    loss_is_scaled_for_ga = False
 
     def add_run_callbacks(
         self,
