@@ -208,7 +208,11 @@ class Setting:
             "max_new_tokens",
             "seed",
         )
-        return {"base": self.model_args.model_name_or_path, **{name: getattr(recipe, name) for name in names}}
+        known = {
+            "base": self.model_args.model_name_or_path,
+            "random_numbers": "of each prompt, the same for every policy",
+        }
+        return known | {name: getattr(recipe, name) for name in names}
 
 
 def make_setting(recipe: Any, model_args: ModelConfig, given: Given, adapter: str, show: Callable[..., Any]) -> Setting:
