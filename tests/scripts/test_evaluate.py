@@ -71,6 +71,7 @@ def test_files_of_reward_functions_are_run_only_where_a_flag_names_them(run: Pat
         (["--policy_adapter=x", "--eval_prompts=0"], "--eval_prompts 0: give at least 1"),
         (["--policy_adapter=x", "--chat_template_kwargs=[1]"], "give a JSON object"),
         (["--policy_adapter=x", "--chat_template_kwargs={"], "no JSON"),
+        (["--policy_adapter=x", "--ensemble=best"], "--ensemble best: use one of mean"),
         (["--policy_adapter=x", "--learning_rate=1"], "--learning_rate=1: no such option"),
     ],
 )

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from trl import ModelConfig
 
 from trl_ext import PPOMaxConfig, RRHFConfig
+from trl_ext.ops.ensemble import ENSEMBLE_MODES
 from trl_ext.report.comparison import REFERENCE, Policy
 from trl_ext.report.evaluation import answered, encoder_of, sample_lines
 from trl_ext.report.loading import load_run
@@ -101,6 +102,8 @@ def parse_evaluation(kind: Any, command: str, arguments: Sequence[str]) -> tuple
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: give at least 1.")
+    if recipe.ensemble not in ENSEMBLE_MODES:
+        raise ValueError(f"--ensemble {recipe.ensemble}: use one of {', '.join(ENSEMBLE_MODES)}.")
     if recipe.chat_template_kwargs is not None:
         options_of_template(recipe.chat_template_kwargs)
     return recipe, model_args, given
@@ -210,7 +213,7 @@ class Setting:
         )
         known = {
             "base": self.model_args.model_name_or_path,
-            "random_numbers": "of each prompt, the same for every policy",
+            "random_numbers": "those of a prompt are every policy's",
         }
         return known | {name: getattr(recipe, name) for name in names}
 
@@ -239,6 +242,8 @@ def make_setting(recipe: Any, model_args: ModelConfig, given: Given, adapter: st
         _, prompts = load_prompts(recipe, show)
     if recipe.reward_adapter is None and recipe.reward_funcs is None:
         raise ValueError("nothing scores the completions: give --reward_adapter, or --reward_funcs file.py:function.")
+    if recipe.reward_adapter is None:
+        given.refuse(["ensemble", "ensemble_coef", "reward_role_weight"], "there is no reward adapter. Drop it.")
     functions = load_reward_functions(recipe.reward_funcs, recipe.reward_weights)
     if recipe.reward_weights is not None and not functions:
         raise ValueError("--reward_weights: there are no reward functions. Give --reward_funcs, or drop it.")
