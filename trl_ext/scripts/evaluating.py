@@ -247,7 +247,8 @@ def make_setting(recipe: Any, model_args: ModelConfig, given: Given, adapter: st
     functions = load_reward_functions(recipe.reward_funcs, recipe.reward_weights)
     if recipe.reward_weights is not None and not functions:
         raise ValueError("--reward_weights: there are no reward functions. Give --reward_funcs, or drop it.")
-    prompts = first_prompts(prompts, recipe.eval_prompts)
+    more = [name for name in ("responses", "scores", "truncated") if name in prompts.column_names]
+    prompts = first_prompts(prompts.remove_columns(more), recipe.eval_prompts)  # without what RRHF trains on
     tokenizer = tokenizer_of(model_args, recipe)
     setting = Setting(recipe, model_args, prompts, tokenizer, functions, gold)
     check_room(setting)
