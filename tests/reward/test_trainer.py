@@ -339,7 +339,7 @@ def finished(base, tmp_path_factory):
     """A trained trainer that was evaluated and has saved its model."""
     folder = tmp_path_factory.mktemp("my-reward")
     held_out = runs.pairs(10, seed=3)
-    trainer = runs.trainer(base, folder, eval_dataset=held_out, lm_coef=0.25, max_steps=3)
+    trainer = runs.trainer(base, folder, eval_dataset=held_out, lm_coef=0.25, max_steps=3, write_report=True)
     trainer.train()
     trainer.evaluate_pairs()
     trainer.save_model()
