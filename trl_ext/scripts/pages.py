@@ -255,11 +255,11 @@ SAMPLE = Page(
 )
 
 HELD_OUT = (
-    ("reference_adapter", "", "Where the policy started; default: the run's, else the base; none: the base"),
+    ("reference_adapter", "", "Where KL is from: default the run's, else the base; or none"),
     ("reward_adapter", "", "Adapters of reward models; default: the run's"),
     ("reward_funcs", "", "Reward functions, file.py:function, or classifiers by id"),
     ("reward_weights", "", "One for each of them"),
-    ("dataset_name", "", "Prompts: Hub id, folder, jsonl or gz; default: those that the run held out"),
+    ("dataset_name", "", "Prompts; default: those that the run held out"),
     ("dataset_test_name", "", "Other prompts to evaluate on"),
     ("dataset_test_split", "", "Split to evaluate on"),
     ("model_name_or_path", "", "The base; default: what the adapter names"),
@@ -267,7 +267,7 @@ HELD_OUT = (
 )
 ANSWERS = (
     ("eval_prompts", "256", "Of the held-out prompts, the first so many"),
-    ("max_new_tokens", "", "Longest completion, tokens; default: the run's, else 256"),
+    ("max_new_tokens", "", "Longest completion; default: the run's, else 256"),
     ("batch_size", "64", "Completions sampled and scored at a time"),
     ("seed", "42", "Every prompt has random numbers of its own from it"),
 )
@@ -301,7 +301,7 @@ COMPARE = Page(
     ),
     {
         "What, on what": (
-            ("policies", "", "output_dir of runs, folders, Hub ids; may stand first without this flag"),
+            ("policies", "", "Runs, folders, Hub ids; may stand first without this flag"),
             CONFIG,
             ("output_dir", "runs/comparison", "Where table, samples, picture and page go"),
             *HELD_OUT,
