@@ -73,7 +73,7 @@ class RoleTrainer(Trainer):
     _name: str  # of the method
     # Every method's loss is a mean over its micro-batch, which `Trainer` averages over those of a step. TRL says so of
     # its own trainers since 1.15.
-    loss_is_scaled_for_ga = False
+    loss_is_scaled_for_ga: Any = False
 
     def add_run_callbacks(
         self,

@@ -318,7 +318,8 @@ def evaluated(setting: Setting, adapters: Sequence[tuple[str, str]]) -> list[Pol
     Returns:
         The reference, then the policies; whole on every process.
     """
-    found, model = [], None
+    found: list[Policy] = []
+    model: Any = None
     for name, adapter in adapters:
         model = policy_model(setting, adapter, model)
         if not found:
