@@ -72,6 +72,9 @@ class RoleTrainer(Trainer):
     coming: Any = None  # `of(iterator)` gives the batches of an epoch in the iterator's place
     save_beside: Callable[[Path], None] | None = None  # what else a checkpoint holds; its state is still its last file
     _name: str  # of the method
+    # Every method's loss is a mean over its micro-batch, which `Trainer` averages over those of a step. TRL says so of
+    # its own trainers since 1.15.
+    loss_is_scaled_for_ga: Any = False
 
     def add_run_callbacks(
         self,

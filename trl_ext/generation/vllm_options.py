@@ -15,7 +15,7 @@ class VLLMOptions:
         default=None,
         metadata={
             "help": "Sample through the vLLM server at this address, http://host:port, which gets the adapter of every "
-            "rollout and never a merged weight (docs/generation.md). Default: transformers' generate."
+            "rollout and never a merged weight (documentation: generation). Default: transformers' generate."
         },
     )
     vllm_adapter_dir: str | None = field(

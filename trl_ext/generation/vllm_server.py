@@ -131,7 +131,7 @@ class VLLMServer:
             if time.monotonic() >= end:
                 raise VLLMError(
                     f"the vLLM server at {self.url} did not answer for {self.wait:g} s ({seen}). Start it "
-                    "(recipes/vllm_serve.py prints the command), correct vllm_server_url, or raise vllm_wait."
+                    "(`trl-ext vllm-serve` prints the command), correct vllm_server_url, or raise vllm_wait."
                 )
             time.sleep(min(SECONDS_BETWEEN, max(end - time.monotonic(), 0.01)))
 

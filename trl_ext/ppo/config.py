@@ -228,8 +228,8 @@ class PPOMaxConfig(VLLMRolloutOptions, RLOOConfig):
     guard: bool = field(
         default=True,
         metadata={
-            "help": "Watch the policy for the ways in which it collapses without a word (docs/tuning.md): alarms in "
-            "the log and as metrics `guard/...`, and what `guard_acts` allows."
+            "help": "Watch the policy for the ways in which it collapses without a word (documentation: tuning): "
+            "alarms in the log and as metrics `guard/...`, and what `guard_acts` allows."
         },
     )
     guard_acts: list[str] = field(

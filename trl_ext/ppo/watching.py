@@ -167,8 +167,8 @@ class WatchCallback(TrainerCallback, ExportableState):
         kept = [f"the {name} policy, of step {int(s.info['step'])}," for name, s in self.snapshots.items() if s.info]
         return (
             f"the guard stopped the run: {self.guard.state.stopped}. In {self.args.output_dir} lies "
-            f"{kept[-1] if kept else 'the last policy,'} with its critic. docs/tuning.md says what each alarm means; "
-            "guard_acts=[] lets a run go on whatever is seen."
+            f"{kept[-1] if kept else 'the last policy,'} with its critic. The documentation (tuning) says what each "
+            "alarm means; guard_acts=[] lets a run go on whatever is seen."
         )
 
 

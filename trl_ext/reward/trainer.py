@@ -26,7 +26,7 @@ from trl_ext.reward.card import model_card
 from trl_ext.reward.config import RewardModelConfig
 from trl_ext.reward.data import TRAINING, overlap, prepare_tokenizer, tokenize_preferences
 from trl_ext.reward.losses import centering_losses, imitation_loss, pair_losses
-from trl_ext.reward.metrics import evaluate_pairs
+from trl_ext.reward.metrics import evaluate_pairs, result_rows
 from trl_ext.reward.scoring import make_collator, response_lengths, score_batches
 from trl_ext.roles import (
     RewardModel,
@@ -252,7 +252,7 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
     def evaluate_pairs(
         self, dataset: Dataset | None = None, *, scores: dict[str, Tensor] | None = None
     ) -> dict[str, Any]:
-        """All of `reward.metrics.evaluate_pairs`, kept for the model card.
+        """All of `reward.metrics.evaluate_pairs`, kept for the model card and the report.
 
         Args:
             dataset: rows to score. Default: `eval_dataset`, the first of several.
@@ -264,6 +264,7 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
                 held_out = next(iter(held_out.values()))
             scores = self.score(held_out if dataset is None else dataset)
         self.evaluation = evaluate_pairs(**{name: values for name, values in scores.items() if name != "rows"})
+        self.recorder.judged(result_rows(self.evaluation))
         return self.evaluation
 
     def measure_scale(self) -> RewardScale:

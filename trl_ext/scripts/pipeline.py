@@ -144,7 +144,7 @@ def train_rewards(
         printer()(f"reward model {k}: test accuracy {accuracy}")
         trainer.save_model()
     model.unload()
-    base.gradient_checkpointing_disable()
+    base.activation_checkpointing_disable()
     base.requires_grad_(False)
 
 

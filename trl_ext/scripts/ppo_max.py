@@ -32,7 +32,7 @@ from trl_ext.scripts.arguments import (
     names_of,
 )
 from trl_ext.scripts.configs import CONFIGS
-from trl_ext.scripts.inputs import first_prompts, load_prompts, load_reward_functions, toy_world
+from trl_ext.scripts.inputs import WORLD_DATA, first_prompts, load_prompts, load_reward_functions, toy_world
 from trl_ext.scripts.models import config_options, load_policy, quantization_of, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
 from trl_ext.scripts.running import (
@@ -40,6 +40,7 @@ from trl_ext.scripts.running import (
     HeldOutSamples,
     SeededEvaluation,
     first_evaluation,
+    options_of,
     printer,
     quiet_libraries,
     show_progress,
@@ -218,7 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
         inputs, plan = real_inputs(recipe, training, model_args, given)
     training.eval_on_start = training.eval_on_start or "eval_on_start" not in given
     trainer = Trainer(args=training, **inputs)
-    trainer.dataset_name = recipe.dataset_name
+    trainer.dataset_name = WORLD_DATA if toy else recipe.dataset_name
+    trainer.recorder.options = options_of(recipe, model_args)
     trainer.add_callback(EvaluationAtStart())
     trainer.add_callback(HeldOutSamples(trainer, inputs["eval_dataset"]))
     shown = {"reward": "reward", "rewards/gold_reward/mean": "gold", "kl": "kl", "beta": "beta"}

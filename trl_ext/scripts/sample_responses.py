@@ -6,7 +6,7 @@
 Start it again with the same options to go on where it stopped. `--response_columns human chosen` ranks responses that
 the dataset has along with the sampled ones. Scores come from `--reward_adapter` (several make an `--ensemble`), from
 `--reward_funcs` (file.py:function, or the id of a sequence-classification model), or from both, added up;
-`--unscored true` leaves them out, for recipes/choose.py.
+`--unscored true` leaves them out, for trl-ext choose.
 """
 
 import sys
