@@ -225,7 +225,7 @@ def score_tokens(
     action of the policy: it has no value, no advantage, and is in no pass here.
 
     In passes over sequences of like length, each of at most `batch_size` times the tokens of the longest one. Each role
-    has its own: rows of several adapters in one pass were slower (docs/memory.md, "One pass, several roles").
+    has its own: rows of several adapters in one pass were slower (docs/results/memory.md).
     """
     roles = (Role.POLICY, Role.REFERENCE, Role.CRITIC) if with_reference else (Role.POLICY, Role.CRITIC)
     parts = rollout.parts(max_tokens=batch_size * rollout.longest())

@@ -129,5 +129,5 @@ def report(trainer: Any, scores: dict[str, Any], results: dict[str, Any]) -> Non
     print(f"reward adapter   {folder}\npictures         {', '.join(path.name for path in pictures)}, training.png")
     if (folder / "report.html").is_file():
         print(f"report           {folder / 'report.html'}")
-    print(f"use it with      trl-ext ppo-max --reward_adapter {folder}")
+    print(f"use it with      trl-ext ppo-max ... --reward_adapter {folder}")
     print(f'load it with     AutoPeftModelForSequenceClassification.from_pretrained("{folder}", num_labels=1)')

@@ -70,7 +70,9 @@ def parse(arguments: list[str]) -> tuple[SampleArguments, SamplingConfig, ModelC
         ("output", recipe.output),
     ):
         if value is None:
-            raise ValueError(f"--{name} is missing. An example: {' '.join((__doc__ or '').split()[15:22])} ...")
+            raise ValueError(
+                f"--{name} is missing: model_name_or_path, dataset_name and output are needed. See --help."
+            )
     check_vllm_options(recipe)
     if recipe.vllm_server_url is not None:
         sampling.check_server()
