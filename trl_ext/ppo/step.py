@@ -216,12 +216,13 @@ class StepControls(dict[Role, StepControl]):
     Args:
         update_kl_target: Of the policy, nats a sequence; 0 for no control of any role.
         steps: Optimizer steps of an update.
+        policy_steps: Those that the policy takes part in. Default: all.
     """
 
-    def __init__(self, update_kl_target: float, steps: int):
+    def __init__(self, update_kl_target: float, steps: int, policy_steps: int | None = None):
         super().__init__()
         if update_kl_target > 0:
-            self[Role.POLICY] = StepControl(update_kl_target, steps, rests=True)
+            self[Role.POLICY] = StepControl(update_kl_target, policy_steps or steps, rests=True)
             self[Role.CRITIC] = StepControl(CRITIC_TARGET, steps, rests=False)
 
     def of_groups(self, groups: Iterable[dict[str, Any]]) -> Iterable[tuple[StepControl, dict[str, Any]]]:
