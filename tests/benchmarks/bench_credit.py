@@ -1,4 +1,4 @@
-"""What each option of a critic does where credit matters: sums of 16 steps, one reward at the end or one for each step.
+"""What each option of a critic does where credit matters: sums of 14 steps, one reward at the end or one for each step.
 
     python tests/benchmarks/bench_credit.py --output runs/credit            # every variant, both tasks, 3 seeds
     python tests/benchmarks/bench_credit.py --output runs/credit --only ppo,vapo --tasks sparse --seeds 0
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-BATCH, GROUP, LENGTH = 32, 8, 124
+BATCH, GROUP, LENGTH = 32, 8, 110
 WINDOW = 4  # rollout batches of which the success is averaged
 PPO = {"reward_normalization": "none", "reward_clip": None, "learning_rate": 1e-3, "num_iterations": 2}
 LONG_WARMUP = {"critic_warmup_steps": 20, "critic_warmup_explained_variance": None}
@@ -97,7 +97,7 @@ def train_ours(changes: dict[str, Any], task: str, seed: int, samples: int, worl
     functions, weights = rewards_of(task)
     prompts = world.train_prompts
     if settings.get("reward_sigmoid"):  # of the start the success rate, which is about that of every prompt
-        prompts = prompts.add_column("reference_scores", [0.15] * len(prompts))
+        prompts = prompts.add_column("reference_scores", [0.2] * len(prompts))
     adapter = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     args = PPOMaxConfig(**settings, reward_weights=weights, write_report=False, guard=False)
     return PPOMaxTrainer(str(world.base), functions, args, prompts, peft_config=adapter)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trl_ext.ops.advantages import gae, length_adaptive_lambda
+from trl_ext.ops.advantages import gae, gae_over_actions, length_adaptive_lambda
 
 NAN, INF = float("nan"), float("inf")
 REWARDS = torch.tensor([[1.0, 0.0, 2.0], [-1.0, NAN, INF]])
@@ -105,3 +105,20 @@ def test_a_lambda_for_each_response_is_that_of_each_alone():
 def test_a_lambda_for_each_response_is_checked(lam):
     with pytest.raises(ValueError, match="lam must be"):
         gae(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), 1.0, lam)
+
+
+def test_gaps_are_skipped_by_hand():
+    """gamma 0.5, lam 0.5; actions at 0, 1 and 3, so that the first row is that of `test_by_hand` with a gap in it."""
+    rewards = torch.tensor([[1.0, 0.0, 9.0, 2.0], [NAN, INF, -1.0, 7.0]])
+    values = torch.tensor([[0.5, 1.0, NAN, 1.5], [3.0, 3.0, 2.0, INF]])
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]])
+    advantages, returns = gae_over_actions(rewards, values, mask, 0.5, 0.5)
+    assert advantages.tolist() == [[0.96875, -0.125, 0.0, 0.5], [0.0, 0.0, -3.0, 0.0]]
+    assert returns.tolist() == [[1.46875, 0.875, 0.0, 2.0], [0.0, 0.0, -1.0, 0.0]]
+
+
+def test_without_gaps_it_is_gae():
+    for found, expected in zip(
+        gae_over_actions(REWARDS, VALUES, MASK, 0.5, 0.5), gae(REWARDS, VALUES, MASK, 0.5, 0.5), strict=True
+    ):
+        assert torch.equal(found, expected)

@@ -58,6 +58,28 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float 
 
 
 @torch.no_grad()
+def gae_over_actions(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """`gae` of responses whose mask has gaps: the token after the end of an action is the first of the next one.
+
+    What stands in a gap, the words of an environment, is a part of the state and no decision: it is not discounted, has
+    no advantage, and its value is not used.
+
+    Args:
+        rewards, values, mask, gamma, lam: See `gae`; the mask may have any form.
+
+    Returns:
+        (advantages, returns), (B, T) each, 0 where mask is 0.
+    """
+    check_same_shape(rewards=rewards, values=values, mask=mask)
+    order = (~mask.bool()).int().argsort(dim=1, stable=True)  # actions first, in their order
+    moved = gae(*(x.gather(1, order) for x in (rewards, values, mask)), gamma, lam)
+    advantages, returns = (torch.zeros_like(x).scatter(1, order, x) for x in moved)
+    return advantages, returns
+
+
+@torch.no_grad()
 def length_adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
     """Lambda of the policy's advantages for responses of different lengths.
 

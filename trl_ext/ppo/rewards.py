@@ -95,6 +95,22 @@ def shape_placed(placed: Tensor, scores: Tensor, moments: RunningMoments, mode: 
     return (placed.to(whole.dtype) * scale * factor.unsqueeze(1)).to(placed.dtype)
 
 
+def onto_actions(placed: Tensor, mask: Tensor) -> Tensor:
+    """Parts that were placed on an environment's tokens, on the last token that the policy wrote before them.
+
+    Args:
+        placed: (B, T).
+        mask: 1 on tokens of the policy, (B, T).
+
+    Returns:
+        (B, T), 0 where mask is 0; what stands before the first token of the policy is on that.
+    """
+    check_same_shape(placed=placed, mask=mask)
+    mask = mask.bool()
+    number = (mask.cumsum(1) - 1).clamp(min=0)
+    return torch.where(mask, torch.zeros_like(placed).scatter_add(1, number, placed).gather(1, number), 0)
+
+
 def sigmoid_scores(scores: Tensor, references: Sequence[Sequence[float]]) -> Tensor:
     """Scores as the chance to be preferred over the reference answers to the same prompt (PAR).
 

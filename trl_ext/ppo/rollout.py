@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from trl_ext.generation.from_trl import Completions
-from trl_ext.ops.advantages import gae, length_adaptive_lambda
+from trl_ext.ops.advantages import gae, gae_over_actions, length_adaptive_lambda
 from trl_ext.ops.kl import kl_estimate
 from trl_ext.ops.masking import masked_mean_var, masked_whiten
 from trl_ext.ops.packing import PackedBatch, pack
 from trl_ext.ppo.config import PPOMaxConfig
 from trl_ext.ppo.data import REFERENCES, reference_scores
 from trl_ext.ppo.losses import explained_variance
-from trl_ext.ppo.rewards import shape_placed, shape_scores, sigmoid_scores, token_rewards
+from trl_ext.ppo.rewards import onto_actions, shape_placed, shape_scores, sigmoid_scores, token_rewards
 from trl_ext.ppo.state import PPOState
+from trl_ext.ppo.turns import action_mask
 from trl_ext.roles import Role, SharedBaseModel
 from trl_ext.runs import check_first_kl
 from trl_ext.scoring import combine, placed_by_functions, placed_by_role, role_scores
@@ -37,7 +38,7 @@ UPDATE_FIELDS = (
     "returns",
 )
 # And these where there are any: of an engine that sampled, and of a loss that asks for them
-IF_THERE = ("importance", "sampler_logps", "best_weights")
+IF_THERE = ("importance", "sampler_logps", "best_weights", "action_mask")
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Rollout:
     prompt_mask: Tensor  # (B, P) int
     completion_ids: Tensor  # (B, T) int, padded right
     completion_mask: Tensor  # (B, T) int
+    action_mask: Tensor | None = None  # (B, T) int, 0 on an environment's tokens too; None: there are none
     truncated: Tensor = NOT_YET  # (B,) bool, cut by the length limit: no end-of-sequence token
     logps: Tensor = NOT_YET  # (B, T) of the sampled tokens under the policy that sampled them
     entropy: Tensor = NOT_YET  # (B, T) nats
@@ -96,8 +98,13 @@ class Rollout:
         completion_ids, completion_mask = pad_ids(completions, pad_token_id, left=False)
         ends = set(eos_token_ids)
         truncated = torch.tensor([not (len(ids) and ids[-1] in ends) for ids in completions])
-        tensors: Any = (prompt_ids, prompt_mask, completion_ids, completion_mask, truncated)
-        return cls(*(t.to(device) for t in tensors))
+        tensors: Any = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+        return cls(*(t.to(device) for t in tensors), truncated=truncated.to(device))
+
+    @property
+    def actions(self) -> Tensor:
+        """(B, T) bool: the tokens that the policy chose, which losses, KL and statistics are of."""
+        return (self.completion_mask if self.action_mask is None else self.action_mask).bool()
 
     @classmethod
     def from_update_batch(cls, batch: Mapping[str, Any]) -> "Rollout":
@@ -147,6 +154,7 @@ def collect(
     device: torch.device,
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     placed: Callable[[], Any] = list,
+    env_mask: Callable[[], list[list[int]] | None] = lambda: None,
     warming_up: bool = False,
 ) -> Rollout:
     """Collect one process's rollout batch: generate -> score -> shape -> advantages.
@@ -162,6 +170,7 @@ def collect(
         device: Where tensors belong.
         phase: Times "generate" and "score".
         placed: What each reward function gave to parts of completions in its last call.
+        env_mask: Of the completions, 1 where the policy wrote; None: it wrote all of them.
         warming_up: Whether only the critic is trained on this batch.
 
     Raises:
@@ -178,6 +187,10 @@ def collect(
         prompt_ids, completion_ids, completions = generate(prompts)
     rollout = Rollout.from_ids(prompt_ids, completion_ids, encoder.end_ids, encoder.pad_id, device)
     rollout.prompts, rollout.completions = prompts, completions
+    rollout.action_mask = action_mask(env_mask(), rollout.completion_mask)
+    if rollout.action_mask is not None:  # a completion that ends with the environment's words was not cut
+        last = (rollout.completion_mask.sum(1, keepdim=True) - 1).clamp(min=0)
+        rollout.truncated &= rollout.action_mask.gather(1, last).squeeze(1).bool()
 
     # 2. Policy, reference and critic on every token, the reward role on every sequence
     with phase("score"):
@@ -221,7 +234,8 @@ def collect(
     scores = shaped_by_references(rollout, rows) if args.reward_sigmoid else rollout.scores
     shaped = shape_scores(scores, state.moments, mode, clip, update=training)
     if rollout.placed is not None:
-        rollout.placed = shape_placed(rollout.placed, scores, state.moments, mode, clip)
+        placed_shaped = shape_placed(rollout.placed, scores, state.moments, mode, clip)
+        rollout.placed = placed_shaped if rollout.action_mask is None else onto_actions(placed_shaped, rollout.actions)
     rollout.shaped_scores = shaped - (args.missing_eos_penalty or 0.0) * rollout.truncated
 
     # 5. KL penalty on every token; GAE; whitening
@@ -229,7 +243,7 @@ def collect(
     lam: float | Tensor = args.gae_lambda
     value_lam = args.value_lambda
     if args.gae_lambda_alpha is not None:
-        lam = length_adaptive_lambda(rollout.completion_mask.sum(1), args.gae_lambda_alpha)
+        lam = length_adaptive_lambda(rollout.actions.sum(1), args.gae_lambda_alpha)
     if warming_up and args.critic_warmup_returns == "monte_carlo":
         value_lam = 1.0
     add_advantages(
@@ -283,7 +297,7 @@ def score_tokens(
 
 def add_kl_and_rewards(rollout: Rollout, *, estimator: str, beta: float) -> None:
     """Fill `kl` and `rewards` from `shaped_scores`: the penalty on every token, the score on the last one."""
-    mask = rollout.completion_mask.bool()
+    mask = rollout.actions
     if rollout.reference_logps is None:
         rollout.kl = torch.zeros_like(rollout.logps)
     else:
@@ -315,12 +329,12 @@ def add_advantages(
     Source: Pan et al. 2026, EVPO (arXiv 2604.19485): a critic lowers the variance of the advantages where its explained
     variance is above 0, and raises it elsewhere.
     """
-    mask = rollout.completion_mask.bool()
-    advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, gamma, lam)
+    mask, estimate = rollout.actions, gae if rollout.action_mask is None else gae_over_actions
+    advantages, rollout.returns = estimate(rollout.rewards, rollout.values, mask, gamma, lam)
     if not (value_lam is lam or (isinstance(lam, float | int) and value_lam == lam)):
-        _, rollout.returns = gae(rollout.rewards, rollout.values, mask, gamma, value_lam)
+        _, rollout.returns = estimate(rollout.rewards, rollout.values, mask, gamma, value_lam)
     if not trust_critic:
-        sums, _ = gae(rollout.rewards, torch.zeros_like(rollout.values), mask, gamma, 1.0)
+        sums, _ = estimate(rollout.rewards, torch.zeros_like(rollout.values), mask, gamma, 1.0)
         rollout.baseline_is_critic = float(explained_variance(rollout.values, sums, mask, reduce=reduce)) > 0
         if not rollout.baseline_is_critic:
             advantages = torch.where(mask, sums - masked_mean_var(sums, mask, reduce)[0], 0)

@@ -24,6 +24,7 @@ from trl_ext.ppo.rollout import Rollout, collect
 from trl_ext.ppo.sets import SeveralSets
 from trl_ext.ppo.state import PPOState
 from trl_ext.ppo.step import OUTPUT, Rows
+from trl_ext.ppo.turns import RolloutFunction, TakesTurns
 from trl_ext.ppo.watching import WatchCallback
 from trl_ext.roles import (
     Role,
@@ -45,7 +46,7 @@ AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatase
 PROBE, LEAST = 4, 4  # an update is checked on one in so many rows of the rollout, and at least so many
 
 
-class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, RLOOTrainer):
+class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, CompletesPrompts, RLOOTrainer):
     """Proximal policy optimisation with the stability tricks of PPO-Max, on TRL's online loop.
 
     Source: Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO" (arXiv 2307.04964); Schulman et
@@ -60,6 +61,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
         train_dataset: Column `prompt`, plain or conversational; other columns reach the reward functions.
         eval_dataset: The same, for `eval_strategy`.
         ptx_dataset: Texts for PPO-ptx, needed when `ptx_coef` is above 0 (see `PTXBatches`).
+        rollout_func: As in `GRPOTrainer`: completes prompts in its own way, in several turns too (see `turns`).
         processing_class: Tokenizer; default: the model's.
         reward_processing_classes, callbacks, optimizers: As in `RLOOTrainer`.
         quantization_config, peft_config: For a model given by id or, `peft_config` only, as a `PreTrainedModel`.
@@ -90,6 +92,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any = None,
         ptx_dataset: Dataset | None = None,
+        rollout_func: RolloutFunction | None = None,
     ):
         base_name = str(model if isinstance(model, str) else model.config.name_or_path)
         args = args or PPOMaxConfig(f"{base_name.split('/')[-1]}-PPO")
@@ -97,6 +100,9 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
         init_kwargs = {"trust_remote_code": args.trust_remote_code, **given}
 
         # 1. Everything that can be wrong without a model
+        if rollout_func is not None and args.vllm_server_url is not None:
+            raise ValueError(f"rollout_func and vllm_server_url={args.vllm_server_url!r} do not go together: drop one.")
+        self.rollout_func = rollout_func
         kept = {k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs}
         tokenizer: Any = processing_class or load_tokenizer(base_name, truncation_side="left", **kept)
         tokenizer.padding_side = "left"
@@ -229,6 +235,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
             device=device,
             phase=timer.phase,
             placed=self.reward_sources.take_placed,
+            env_mask=self.env_mask,
             warming_up=state.in_warmup(step),
         )
         timer.tokens |= {"generate": int(rollout.completion_mask.sum()), "score": rollout.tokens()}
@@ -259,7 +266,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
 
         # 4. What the update needs
         if args.best_lm_coef > 0:
-            scores, lengths = rollout.scores, rollout.completion_mask.sum(1)
+            scores, lengths = rollout.scores, rollout.actions.sum(1)
             rollout.best_weights = best_answer_weights(scores, lengths, args.best_lm_score, self._per_micro_batch)  # type: ignore[arg-type]
         return rollout.update_batch() | {"num_tokens": self._tokens_per_micro_batch(rollout)}
 
@@ -270,7 +277,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
         args = self.args
         num_tokens = inputs["num_tokens"]
         batch = Rollout.from_update_batch(inputs)
-        mask = batch.completion_mask.bool()
+        mask = batch.actions
         if not self.model.training:  # nothing has moved since the rollout: the losses at ratio 1, without a pass
             outputs = {"logps": batch.logps, "values": batch.values}
         else:
@@ -369,7 +376,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
         As the denominator of every micro-batch, whatever its own length, it makes the mean over micro-batches and
         processes the token mean of the whole batch.
         """
-        return self._per_micro_batch(rollout.completion_mask.sum().float())
+        return self._per_micro_batch(rollout.actions.sum().float())
 
     def _per_micro_batch(self, count: Tensor) -> Tensor:
         """This process's count in a rollout batch, as that of all processes / their micro-batches; at least 1."""
@@ -380,7 +387,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
         """(B, F): this process's rows of what the reward functions return, NaN where one does not apply."""
         if not self.reward_funcs:
             return torch.zeros(len(prompts), 0, device=self.accelerator.device)
-        gathered = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+        gathered = self._calculate_rewards(self.with_extra_fields(inputs), prompts, completions, completion_ids)
         start = self.accelerator.process_index * len(prompts)
         return gathered[start : start + len(prompts)]
 

@@ -2,14 +2,15 @@
 
 A prompt starts from a digit and names a step by each letter; a completion works them out, modulo 10:
 
-    start 3 a add 4 b take 9 c add 1 :
-    a 3 add 4 makes 7 . b 7 take 9 makes 8 . c 8 add 1 makes 9 . answer 9
+    start 9 a add 3 b take 1 c add 2 :
+    a 9 add 3 makes 2 . b 2 take 1 makes 1 . c 1 add 2 makes 3 . answer 3
 
-With 16 steps a completion has 115 tokens, and the model that was pretrained on careless demonstrations, of which every
-eighth step or so goes wrong, is right at the end in about one of seven. Where it went wrong the value falls from one
+With 14 steps a completion has 101 tokens, and the model that was pretrained on careless demonstrations, of which every
+eighth step or so goes wrong, is right at the end in about one of five. Where it went wrong the value falls from one
 token to the next; a method that gives all tokens of a completion the same advantage has to find that out by averaging.
 
-`solved` pays 1 for the right answer, at the end. `step_rewards` pays each right step where it is written.
+`solved` pays 1 for the right answer, at the end. `step_rewards` pays each right step where it is written. With `in_turns`
+as the trainer's `rollout_func` the steps are told by an environment, and the policy writes their results alone.
 
     python -m trl_ext.toy.sums runs/sums
 
@@ -34,16 +35,17 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-STEPS = 16  # of a sum
+STEPS, LARGEST = 14, 3  # of a sum; number that is added or taken
 MISTAKES = 0.12  # share of the demonstrations' steps that go wrong
-LETTERS = "abcdefghijklmnop"
+LETTERS = "abcdefghijklmn"
 OPERATIONS = {"add": 1, "take": -1}
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 VOCABULARY = (*SPECIAL_TOKENS, *"0123456789", *LETTERS, *OPERATIONS, "start", "makes", "answer", ".", ":")
 TRAIN_PROMPTS, EVAL_PROMPTS = 4096, 256
-PRETRAINING_STEPS, BATCH, LEARNING_RATE, WARMUP = 1000, 32, 4e-3, 50
+PRETRAINING_STEPS, BATCH, LEARNING_RATE, WARMUP = 1500, 16, 5e-3, 50
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class SumsWorld:
 
 def make_prompt(rng: random.Random, steps: int = STEPS) -> str:
     """A prompt of so many steps."""
-    told = (f"{letter} {rng.choice(list(OPERATIONS))} {rng.randrange(1, 10)}" for letter in LETTERS[:steps])
+    told = (f"{letter} {rng.choice(list(OPERATIONS))} {rng.randint(1, LARGEST)}" for letter in LETTERS[:steps])
     return f"start {rng.randrange(10)} {' '.join(told)} :"
 
 
@@ -133,6 +135,58 @@ def _right_steps(prompt: str, completion: str) -> list[tuple[int, int, float]]:
     return spans
 
 
+# ---------------------------------------------------------------------- in several turns
+
+
+@torch.no_grad()
+def in_turns(prompts: Sequence[str], trainer: Any) -> dict[str, Any]:
+    """A `rollout_func` of trainers: the environment tells each step, and the policy its result, two tokens a turn.
+
+    The text is that of `demonstration`, so that the base and the rewards are the same; "answer 3 <eos>" is the policy's.
+
+    Args:
+        prompts: of as many steps each.
+        trainer: with `model`, `processing_class` and `temperature`.
+
+    Returns:
+        `prompt_ids`, `completion_ids`, `logprobs` (None) and `env_mask`, a list for each prompt.
+    """
+    model, tokenizer = trainer.model, trainer.processing_class
+    training = model.training
+    starts = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    sums = [read_prompt(prompt) for prompt in prompts]
+    totals, ids, masks = [str(start) for start, _ in sums], [[] for _ in prompts], [[] for _ in prompts]
+    open_rows = list(range(len(prompts)))
+    model.eval()
+    for turn in range(len(sums[0][1]) + 1):
+        last = turn == len(sums[0][1])
+        for i in open_rows if not last else ():
+            letter, operation, number = sums[i][1][turn]
+            said = tokenizer(f"{letter} {totals[i]} {operation} {number} makes")["input_ids"]
+            ids[i] += said
+            masks[i] += [0] * len(said)
+        if not open_rows:
+            break
+        rows = torch.tensor([starts[i] + ids[i] for i in open_rows], device=trainer.model.device)
+        options = {
+            "do_sample": True,
+            "temperature": trainer.temperature,
+            "top_k": 0,
+            "max_new_tokens": 3 if last else 2,
+        }
+        written = model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), **options)[:, rows.shape[1] :]
+        for i, answer in zip(list(open_rows), written.tolist(), strict=True):
+            if tokenizer.eos_token_id in answer:
+                answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
+                open_rows.remove(i)
+            ids[i] += answer
+            masks[i] += [1] * len(answer)
+            word = tokenizer.decode(answer[:1])
+            totals[i] = word if word.isdigit() else totals[i]
+    model.train(training)
+    return {"prompt_ids": starts, "completion_ids": ids, "logprobs": None, "env_mask": masks}
+
+
 # ---------------------------------------------------------------------- the model
 
 
@@ -153,13 +207,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A Llama of about 0.2 million random float32 weights; the global random state is left as it was."""
+    """A Llama of about 0.1 million random float32 weights; the global random state is left as it was."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=192,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
@@ -187,7 +241,8 @@ def pretrain(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     loss = math.inf
     model.train()
-    for step in range(steps):
+    bar = tqdm(range(steps), desc="pretraining on sums", unit="step")
+    for step in bar:
         warm, left = min((step + 1) / WARMUP, 1.0), 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * warm * left
@@ -202,6 +257,7 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad()
         loss = float(found.detach())
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     model.eval()
     return loss
 
