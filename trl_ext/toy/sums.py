@@ -9,8 +9,8 @@ With 14 steps a completion has 101 tokens, and the model that was pretrained on 
 eighth step or so goes wrong, is right at the end in about one of five. Where it went wrong the value falls from one
 token to the next; a method that gives all tokens of a completion the same advantage has to find that out by averaging.
 
-`solved` pays 1 for the right answer, at the end. `step_rewards` pays each right step where it is written. With `in_turns`
-as the trainer's `rollout_func` the steps are told by an environment, and the policy writes their results alone.
+`solved` pays 1 for the right answer, at the end. `step_rewards` pays each right step where it is written. With
+`in_turns` as the trainer's `rollout_func` an environment tells the steps, and the policy writes their results alone.
 
     python -m trl_ext.toy.sums runs/sums
 
@@ -45,7 +45,7 @@ OPERATIONS = {"add": 1, "take": -1}
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 VOCABULARY = (*SPECIAL_TOKENS, *"0123456789", *LETTERS, *OPERATIONS, "start", "makes", "answer", ".", ":")
 TRAIN_PROMPTS, EVAL_PROMPTS = 4096, 256
-PRETRAINING_STEPS, BATCH, LEARNING_RATE, WARMUP = 1500, 16, 5e-3, 50
+PRETRAINING_STEPS, BATCH, LEARNING_RATE, WARMUP = 800, 16, 5e-3, 50
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ def _right_steps(prompt: str, completion: str) -> list[tuple[int, int, float]]:
 
 @torch.no_grad()
 def in_turns(prompts: Sequence[str], trainer: Any) -> dict[str, Any]:
-    """A `rollout_func` of trainers: the environment tells each step, and the policy its result, two tokens a turn.
+    """A `rollout_func`: the environment tells each step, and the policy writes its result, two tokens a turn.
 
-    The text is that of `demonstration`, so that the base and the rewards are the same; "answer 3 <eos>" is the policy's.
+    The text is that of `demonstration`, so that the base and the rewards are the same. The policy ends it alone: "answer 3 <eos>".
 
     Args:
         prompts: of as many steps each.
@@ -155,7 +155,9 @@ def in_turns(prompts: Sequence[str], trainer: Any) -> dict[str, Any]:
     training = model.training
     starts = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     sums = [read_prompt(prompt) for prompt in prompts]
-    totals, ids, masks = [str(start) for start, _ in sums], [[] for _ in prompts], [[] for _ in prompts]
+    totals = [str(start) for start, _ in sums]
+    ids: list[list[int]] = [[] for _ in prompts]
+    masks: list[list[int]] = [[] for _ in prompts]
     open_rows = list(range(len(prompts)))
     model.eval()
     for turn in range(len(sums[0][1]) + 1):
