@@ -142,7 +142,8 @@ def _right_steps(prompt: str, completion: str) -> list[tuple[int, int, float]]:
 def in_turns(prompts: Sequence[str], trainer: Any) -> dict[str, Any]:
     """A `rollout_func`: the environment tells each step, and the policy writes its result, two tokens a turn.
 
-    The text is that of `demonstration`, so that the base and the rewards are the same. The policy ends it alone: "answer 3 <eos>".
+    The text is that of `demonstration`, so that the base and the rewards are the same. "answer 3 <eos>" is all the
+    policy's.
 
     Args:
         prompts: of as many steps each.
