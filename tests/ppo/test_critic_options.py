@@ -1,5 +1,6 @@
 """The options of `critic_options` in a run: what they reach, that presets load and train, and what is refused."""
 
+import math
 import re
 
 import pytest
@@ -138,6 +139,20 @@ def test_all_options_at_once(world, tmp_path):
 def steps_of_words(prompts, completions, completion_ids, **kwargs):
     """A quarter for each token, as parts."""
     return [[0.25] * len(ids) for ids in completion_ids]
+
+
+def test_the_ratio_of_dis_is_to_the_engine_that_sampled(world, tmp_path):
+    """And its importance weights are left out: the ratio holds them."""
+    trainer = tiny.trainer(world, tmp_path, policy_objective="dis", epsilon=0.8, epsilon_high=3.0)
+    batch = tiny.random_rollout(rows=4)
+    mask = batch.completion_mask.bool()
+    logps, number = batch.logps + 0.1, torch.tensor(7.0)
+    own, _ = trainer._policy_loss(logps, batch, mask, number)
+    batch.sampler_logps, batch.importance = batch.logps - 0.2, torch.full_like(batch.logps, 5.0)
+    engine, _ = trainer._policy_loss(logps, batch, mask, number)
+    summed = (batch.advantages * mask).sum() / number  # at a ratio that is the same everywhere
+    torch.testing.assert_close(own, -summed * math.exp(0.1))
+    torch.testing.assert_close(engine, -summed * math.exp(0.3))
 
 
 @pytest.mark.slow

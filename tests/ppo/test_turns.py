@@ -5,7 +5,8 @@ import torch
 
 from tests.ppo import tiny
 from trl_ext.ppo.rewards import onto_actions
-from trl_ext.ppo.turns import action_mask, check_rollout
+from trl_ext.ppo.rollout import action_mask
+from trl_ext.ppo.turns import check_rollout
 
 RAW = {"reward_normalization": "none", "reward_clip": None, "update_kl_target": 0.0, "guard": False}
 TURNS = {"prompt_ids": [[7], [8]], "completion_ids": [[9, 1, 10, 11], [12, 1]], "logprobs": None}
@@ -63,7 +64,7 @@ def test_two_turns_are_the_same_text_as_one_where_nothing_is_masked(trainer):
         starts = [
             row[-n:] for row, n in zip(plain["prompt_ids"].tolist(), plain["prompt_mask"].sum(1).tolist(), strict=True)
         ]
-        return {"prompt_ids": starts, "completion_ids": ids, "logprobs": ones, "env_mask": ones}
+        return {"prompt_ids": starts, "completion_ids": ids, "logprobs": None, "env_mask": ones}
 
     trainer.rollout_func = in_turns
     turns = trainer._generate_and_score_completions(rows)
@@ -109,7 +110,7 @@ def test_a_run_in_two_turns_trains_and_counts_the_policy_s_tokens(world, tmp_pat
         return {
             "prompt_ids": first,
             "completion_ids": [[7, 15, 8, 1]] * len(prompts),
-            "logprobs": [[0.0] * 4] * len(prompts),
+            "logprobs": [[-1.0, 0.0, [-2.0], -3.0]] * len(prompts),  # of an engine each may be a list
             "env_mask": [[1, 0, 1, 1]] * len(prompts),
             "said": ["w9"] * len(prompts),
         }
@@ -127,6 +128,7 @@ def test_a_run_in_two_turns_trains_and_counts_the_policy_s_tokens(world, tmp_pat
     assert seen[0] == ("w1 w9 w2", "w9")
     batch = batches[0]
     assert batch["action_mask"].tolist() == [[1, 0, 1, 1]] * 4
+    assert batch["sampler_logps"].tolist() == [[-1.0, 0.0, -2.0, -3.0]] * 4
     assert float(batch["num_tokens"]) == 12.0
     assert not batch["advantages"][:, 1].any()
     assert not batch["returns"][:, 1].any()

@@ -18,7 +18,6 @@ from trl_ext.ppo.data import REFERENCES, reference_scores
 from trl_ext.ppo.losses import explained_variance
 from trl_ext.ppo.rewards import onto_actions, shape_placed, shape_scores, sigmoid_scores, token_rewards
 from trl_ext.ppo.state import PPOState
-from trl_ext.ppo.turns import action_mask
 from trl_ext.roles import Role, SharedBaseModel
 from trl_ext.runs import check_first_kl
 from trl_ext.scoring import combine, placed_by_functions, placed_by_role, role_scores
@@ -257,6 +256,16 @@ def collect(
         trust_critic=args.critic_baseline == "always",
     )
     return rollout
+
+
+def action_mask(env_mask: list[list[int]] | None, completion_mask: Tensor) -> Tensor | None:
+    """1 on the tokens that the policy wrote, (B, T), like `completion_mask`; None where it wrote all of them."""
+    if env_mask is None or all(all(row) for row in env_mask):
+        return None
+    mask = torch.zeros_like(completion_mask)
+    for i, row in enumerate(env_mask):
+        mask[i, : len(row)] = torch.tensor(row, dtype=mask.dtype)
+    return mask
 
 
 def shaped_by_references(rollout: Rollout, rows: Sequence[Mapping[str, Any]]) -> Tensor:

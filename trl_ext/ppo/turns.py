@@ -7,6 +7,7 @@ wrote. The environment's tokens are read by every role and trained by none: loss
 steps' distances leave them out, and GAE goes from the end of a turn to the start of the next. Further lists, one entry
 a completion, reach the reward functions under their names.
 
+`logprobs` are those of the tokens under what sampled them, for `policy_objective="dis"`, or None.
 `trainer.complete(prompts)` and `trainer.model.generate` sample from the policy inside it.
 """
 
@@ -14,10 +15,10 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 from transformers import Trainer
 
 from trl_ext.generation.from_trl import Completions
+from trl_ext.ppo.rollout import Rollout
 
 RolloutFunction: TypeAlias = Callable[[list[Any], Any], dict[str, Any]]
 REQUIRED = ("prompt_ids", "completion_ids", "logprobs")
@@ -55,16 +56,6 @@ def check_rollout(output: Any, prompts: int, longest: int) -> dict[str, Any]:
     return output
 
 
-def action_mask(env_mask: list[list[int]] | None, completion_mask: Tensor) -> Tensor | None:
-    """1 on the tokens that the policy wrote, (B, T), like `completion_mask`; None where it wrote all of them."""
-    if env_mask is None or all(all(row) for row in env_mask):
-        return None
-    mask = torch.zeros_like(completion_mask)
-    for i, row in enumerate(env_mask):
-        mask[i, : len(row)] = torch.tensor(row, dtype=mask.dtype)
-    return mask
-
-
 class TakesTurns(Trainer):
     """The part of `PPOMaxTrainer` that completes prompts by a `rollout_func`; before what completes them else."""
 
@@ -92,6 +83,16 @@ class TakesTurns(Trainer):
         if self._rolled is None or self._rolling:
             return super()._generate_single_turn(*given, **options)  # type: ignore[misc]
         return [list(ids) for ids in self._rolled["completion_ids"]]
+
+    def compare_with_sampler(self, rollout: Rollout) -> dict[str, float]:
+        """As that of `CompletesPrompts`; `logprobs` of a `rollout_func` are `sampler_logps`, which "dis" reads."""
+        given = None if self._rolled is None else self._rolled["logprobs"]
+        if given is not None:
+            sampled = torch.zeros(rollout.completion_mask.shape)
+            for i, row in enumerate(given):
+                sampled[i, : len(row)] = torch.tensor([x[0] if isinstance(x, list | tuple) else x for x in row])
+            rollout.sampler_logps = sampled.to(rollout.logps.device)
+        return super().compare_with_sampler(rollout)  # type: ignore[misc]
 
     def env_mask(self) -> list[list[int]] | None:
         """That of the last completions; None where the policy wrote all of them."""
