@@ -190,11 +190,12 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for name in ("pretraining on Monte-Carlo returns", "the same warm-up on lambda returns", "no warm-up"):
         rows = [r["explained_variance"] for key, r in results.items() if key.startswith(f"sparse/{name}/")]
-        if rows:
+        if rows and rows[0]:
             means = [sum(column) / len(column) for column in zip(*rows, strict=False)]
             axes.plot([BATCH * (i + 1) for i in range(len(means))], means, label=name)
     axes.set(xlabel="generated samples", ylabel="explained variance of the returns", ylim=(-1, 1))
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
