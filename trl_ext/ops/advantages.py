@@ -74,9 +74,11 @@ def gae_over_actions(
     """
     check_same_shape(rewards=rewards, values=values, mask=mask)
     order = (~mask.bool()).int().argsort(dim=1, stable=True)  # actions first, in their order
-    moved = gae(*(x.gather(1, order) for x in (rewards, values, mask)), gamma, lam)
-    advantages, returns = (torch.zeros_like(x).scatter(1, order, x) for x in moved)
-    return advantages, returns
+    rewards, values, mask = (x.gather(1, order) for x in (rewards, values, mask))
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    return torch.zeros_like(advantages).scatter(1, order, advantages), torch.zeros_like(returns).scatter(
+        1, order, returns
+    )
 
 
 @torch.no_grad()

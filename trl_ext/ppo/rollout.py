@@ -51,7 +51,6 @@ class Rollout:
     prompt_mask: Tensor  # (B, P) int
     completion_ids: Tensor  # (B, T) int, padded right
     completion_mask: Tensor  # (B, T) int
-    action_mask: Tensor | None = None  # (B, T) int, 0 on an environment's tokens too; None: there are none
     truncated: Tensor = NOT_YET  # (B,) bool, cut by the length limit: no end-of-sequence token
     logps: Tensor = NOT_YET  # (B, T) of the sampled tokens under the policy that sampled them
     entropy: Tensor = NOT_YET  # (B, T) nats
@@ -71,6 +70,7 @@ class Rollout:
     sampler_logps: Tensor | None = None  # (B, T) under the engine that sampled; None where the model did itself
     importance: Tensor | None = None  # (B, T) what each token counts in the policy's loss; None: 1
     best_weights: Tensor | None = None  # (B,) what each answer counts in the likelihood of the best; None: no such loss
+    action_mask: Tensor | None = None  # (B, T) int, 0 on an environment's tokens too; None: there are none
     prompts: Any = NOT_YET  # list of B texts or conversations
     completions: Any = NOT_YET  # list of B texts or lists of one message
 
@@ -97,8 +97,8 @@ class Rollout:
         completion_ids, completion_mask = pad_ids(completions, pad_token_id, left=False)
         ends = set(eos_token_ids)
         truncated = torch.tensor([not (len(ids) and ids[-1] in ends) for ids in completions])
-        tensors: Any = (prompt_ids, prompt_mask, completion_ids, completion_mask)
-        return cls(*(t.to(device) for t in tensors), truncated=truncated.to(device))
+        tensors: Any = (prompt_ids, prompt_mask, completion_ids, completion_mask, truncated)
+        return cls(*(t.to(device) for t in tensors))
 
     @property
     def actions(self) -> Tensor:
