@@ -4,7 +4,7 @@
     print(report)  # what was read, kept and dropped, and why
 
 A preference has the columns `prompt` (messages), `chosen` and `rejected` (one assistant message each) and perhaps
-`strength` or `margin`; a ranking has `prompt`, `responses` (K >= 2 texts) and `scores` (K numbers, higher is better).
+`strength`, `margin`, `soft_label` or `source`; a ranking has `prompt`, `responses` (K >= 2 texts) and `scores` (K numbers, higher is better).
 
 The names below are imported on first use, so that `import trl_ext.data` costs nothing.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert_rows, deduplicate, load_preferences
+    from .mixing import mix_datasets
     from .reading import has_splits, load_split
     from .rows import RowError, check_preference_row, check_ranking_row
     from .sources import FORMATS
@@ -29,6 +30,7 @@ __all__ = [
     "has_splits",
     "load_preferences",
     "load_split",
+    "mix_datasets",
 ]
 
 _HOME = {
@@ -42,6 +44,7 @@ _HOME = {
     "has_splits": "reading",
     "load_preferences": "convert",
     "load_split": "reading",
+    "mix_datasets": "mixing",
 }
 
 
