@@ -131,7 +131,7 @@ def curve(method: str, seed: int, options: argparse.Namespace, world: Any, kept:
     folder = Path(options.output_dir)
     ensemble = Ensemble(world, options.members, options.epochs, folder / "unused")
     pool = answers(world, world.train_prompts.select(range(options.prompts)), folder / f"pool-{seed}.jsonl", seed)
-    held = answers(world, world.eval_prompts, folder / f"held-{seed}.jsonl", seed)
+    held = answers(world, world.eval_prompts.select(range(options.held)), folder / f"held-{seed}.jsonl", seed)
     candidates, _ = choose.make_candidates(pool)
     couples, records = [], []
     for number, row in enumerate(pool):
@@ -234,9 +234,10 @@ def main() -> None:
     parser.add_argument("--output_dir", default="runs/labels")
     parser.add_argument("--world_dir", default=None, help="where worlds are, or are built; default: in output_dir")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 192, 288, 432, 648, 972])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 384, 640, 1024])
     parser.add_argument("--methods", nargs="+", default=["random", "information"])
-    parser.add_argument("--prompts", type=int, default=1500)
+    parser.add_argument("--prompts", type=int, default=800)
+    parser.add_argument("--held", type=int, default=256, help="prompts whose answers are tested on")
     parser.add_argument("--members", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of the world's trainings, for a first look")
@@ -253,8 +254,8 @@ def main() -> None:
     path = folder / "results.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
     begun = time.process_time()
-    worlds = {s: build_world(options.world_dir or folder / "world", s, scale=options.scale) for s in options.seeds}
-    for seed, world in worlds.items():
+    for seed in options.seeds:
+        world = build_world(options.world_dir or folder / "world", seed, scale=options.scale)
         for method in options.methods:
             if f"{method}-{seed}-{options.sizes[-1]}" not in kept:
                 curve(method, seed, options, world, kept)

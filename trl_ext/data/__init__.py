@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert_rows, deduplicate, load_preferences
-    from .mixing import mix_datasets
+    from .mixing import join_datasets, mix_datasets
     from .reading import has_splits, load_split
     from .rows import RowError, check_preference_row, check_ranking_row
     from .sources import FORMATS
@@ -28,6 +28,7 @@ __all__ = [
     "convert_rows",
     "deduplicate",
     "has_splits",
+    "join_datasets",
     "load_preferences",
     "load_split",
     "mix_datasets",
@@ -42,6 +43,7 @@ _HOME = {
     "convert_rows": "convert",
     "deduplicate": "convert",
     "has_splits": "reading",
+    "join_datasets": "mixing",
     "load_preferences": "convert",
     "load_split": "reading",
     "mix_datasets": "mixing",

@@ -339,6 +339,7 @@ COMMANDS: dict[str, Command] = {
     "pipeline": Command(
         "trl_ext.scripts.pipeline", "preferences -> reward models -> PPO-Max -> judgement", PIPELINE, launched=True
     ),
+    "rlhf": Command("trl_ext.scripts.rlhf", "SFT -> reward models -> PPO-Max -> judge, in rounds, on one base"),
     "sample": Command("trl_ext.scripts.sample_responses", "sample and score responses, into a file", SAMPLE),
     "evaluate-reward": Command(
         "trl_ext.scripts.evaluate_reward", "how good a reward model is, table and pictures", EVALUATE_REWARD
