@@ -55,7 +55,8 @@ def role_scores(
         prompts: B prompts, texts or conversations.
         prompt_ids, response_ids: Their tokens, and those of a response to each, through its end token.
         max_tokens: The largest pass, padding included. Default: no limit.
-        ensemble, ensemble_coef, ensemble_weights: How several reward adapters make one score (`ops.ensemble.combine_scores`).
+        ensemble, ensemble_coef, ensemble_weights: How several reward adapters make one score
+            (`ops.ensemble.combine_scores`).
 
     Returns:
         Scores (B,) float32, and the standard deviation over the adapters of an ensemble (B,), None without one.

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/bench_labels.py --output_dir runs/labels --seeds 0 1 2
 
-For each seed: a world, its SFT policy's answers to `--prompts` prompts (four to each), a reader whose labels are those
-of the world (Bradley-Terry on the gold reward, temperature 0.25, one label a pair, the same in every arm). Every arm
-starts with the same random pairs; then an ensemble is trained anew on all its labels, tested, and asked which pairs come
-next. Tested is the mean of the members on pairs of answers to other prompts, labelled by the gold reward without noise.
+For each seed: a world, its SFT policy's answers to `--prompts` prompts (four to each), a reader whose labels are
+those of the world (Bradley-Terry on the gold reward, temperature 0.25, one label a pair, the same in every arm). Every
+arm starts with the same random pairs; then an ensemble is trained anew on all its labels, tested, and asked which pairs
+come next. Tested is the mean of the members on pairs of answers to other prompts, labelled by the gold reward without
+noise.
 What is done is kept in results.json: a run that was stopped goes on.
 """
 

@@ -117,7 +117,7 @@ def test_a_local_chat_model_answers_as_it_can_and_prose_is_counted(world, tmp_pa
     judged = judge_pairs(pairs_of(2), "{conversation} {first} {second}", asked, attempts=2, concurrency=1)
     assert count_failures(judged).counts == {"no JSON": 4}
     assert (asked.requests, len((tmp_path / "replies.jsonl").read_text().splitlines())) == (8, 8)
-    with pytest.raises(ReplyError, match="too long: .* the model has 64"):
+    with pytest.raises(ReplyError, match=r"too long: .* the model has 64"):
         asked.ask("w1 " * 100)
 
 

@@ -35,7 +35,7 @@ OWN = ["--model_name_or_path=m", "--output_dir=x", "--use_cpu", "--preferences=p
         ([*OWN, "--sft_dataset=d", "--rounds=2", "--labels_from=gold"], "only the embedded world has a gold reward"),
         ([*OWN, "--sft_dataset=d", "--prompts_test=t"], "--prompts_test: without --prompts"),
         ([*OWN, "--sft_dataset=d", "--world_pairs=99"], "--world_pairs: of the embedded world"),
-        (OWN[:3] + ["--sft_dataset=d"], "--preferences is missing"),
+        ([*OWN[:3], "--sft_dataset=d"], "--preferences is missing"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(flags, message):

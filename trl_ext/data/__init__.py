@@ -4,7 +4,8 @@
     print(report)  # what was read, kept and dropped, and why
 
 A preference has the columns `prompt` (messages), `chosen` and `rejected` (one assistant message each) and perhaps
-`strength`, `margin`, `soft_label` or `source`; a ranking has `prompt`, `responses` (K >= 2 texts) and `scores` (K numbers, higher is better).
+`strength`, `margin`, `soft_label` or `source`; a ranking has `prompt`, `responses` (K >= 2 texts) and `scores` (K
+numbers, higher is better).
 
 The names below are imported on first use, so that `import trl_ext.data` costs nothing.
 """

@@ -35,8 +35,8 @@ def join_datasets(datasets: "Mapping[str, Dataset]") -> "Dataset":
         own = [column for column in rows.column_names if column not in FILLED and column != "source"]
         if sorted(own) != sorted(needed) or any(rows.features[c] != first.features[c] for c in needed):
             raise ValueError(
-                f"the set {name} has the columns {own}, the first one {needed}, or texts where that has messages: convert "
-                "both alike."
+                f"the set {name} has the columns {own}, the first one {needed}, or texts where that has messages: "
+                "convert both alike."
             )
         for column in columns:
             if column not in rows.column_names:

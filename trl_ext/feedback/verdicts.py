@@ -38,8 +38,8 @@ def judge_by_scores(pairs: Sequence[Pair], scores: Sequence[tuple[float, float] 
 def judge_by_people(pairs: Sequence[Pair], labels: Iterable[Label]) -> list[Judged]:
     """What most annotators say of each pair; as many on both sides are a tie.
 
-    Each annotator sees a pair in one order, drawn for them. `consistent` says here whether all who labelled it have
-    said the same. A pair without a label has failed, and counts for nothing else; equal answers are ties.
+    Each annotator sees a pair in one order, drawn for them, so no verdict is inconsistent; `trl-ext agreement` says how
+    far they agree. A pair without a label has failed, and counts for nothing else; equal answers are ties.
 
     Args:
         pairs: a is the answer of policy A, b of B.
@@ -48,11 +48,7 @@ def judge_by_people(pairs: Sequence[Pair], labels: Iterable[Label]) -> list[Judg
     Raises:
         ValueError: Labels of other pairs.
     """
-    checked = check_labels(pairs, labels)
-    votes, signs = count_votes(checked), dict[str, set[int]]()
-    for label in checked:
-        signs.setdefault(label.pair, set()).add((label.value > 0) - (label.value < 0))
-    found = []
+    votes, found = count_votes(check_labels(pairs, labels)), []
     for pair in pairs:
         vote = votes.get(pair.id)
         if pair.a.strip() == pair.b.strip():
@@ -61,5 +57,5 @@ def judge_by_people(pairs: Sequence[Pair], labels: Iterable[Label]) -> list[Judg
             found.append(Judged(pair, "failed", False, (None, None), ("no label: nobody has labelled it",)))
         else:
             verdict = "tie" if vote.soft_label == 0.5 else "a" if vote.soft_label > 0.5 else "b"
-            found.append(Judged(pair, verdict, len(signs[pair.id]) == 1, (verdict, verdict)))
+            found.append(Judged(pair, verdict, True, (verdict, verdict)))
     return found

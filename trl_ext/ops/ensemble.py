@@ -52,7 +52,8 @@ def combine_scores(
         Score (B,) and standard deviation over the models (B,), 0 where K is 1.
 
     Raises:
-        ValueError: scores are not (B, K) with K of at least 1, an unknown mode, a negative coefficient, or weights that are none.
+        ValueError: scores are not (B, K) with K of at least 1, an unknown mode, a negative coefficient, or
+            weights that are none.
     """
     if scores.ndim != 2 or scores.shape[1] < 1:
         raise ValueError(f"scores must be (B, K) with at least one reward model, got {tuple(scores.shape)}")

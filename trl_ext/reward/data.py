@@ -177,7 +177,8 @@ def _soft(value: Any, column: str, index: int, name: str, smoothing: float) -> f
     number = _number(value, column, index, name)
     if not 0 <= number <= 1:
         raise ValueError(
-            f"row {index} of {name}: {column} is {value!r}, it must be from 0 to 1: the probability that chosen is better."
+            f"row {index} of {name}: {column} is {value!r}, it must be from 0 to 1: the probability that the chosen "
+            "response is the better one."
         )
     return smoothing_of(number, smoothing)
 

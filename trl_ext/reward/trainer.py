@@ -239,8 +239,9 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
         """Scores of the best and the worst response of every usable row, in order.
 
         Returns:
-            `rows`: indices of the usable rows, (N,); `sources`: the numbers of where they come from, if any; `chosen`, `rejected`: raw scores, (N,) float32; `chosen_lengths`,
-            `rejected_lengths`: tokens of the responses, (N,). On every process, of all rows.
+            `rows`: indices of the usable rows, (N,); `sources`: numbers of where they come from, (N,), if any are
+            known; `chosen`, `rejected`: raw scores, (N,) float32; `chosen_lengths`, `rejected_lengths`: tokens of the
+            responses, (N,). On every process, of all rows.
         """
         dataset = self._prepare("dataset", dataset)
         was_training = self.model.training

@@ -6,10 +6,10 @@
     trl-ext judge --policy_a out/ppo --policy_b base --prompts held_out.jsonl --judge adapter --judge_adapter out/rm5
     trl-ext judge --policy_a out/ppo --answers_b gpt.jsonl --prompts held_out.jsonl --judge people
 
-A side is a file of answers (`prompt` and `answer` a line), or a policy: a LoRA adapter, the folder of a finished run, or
-`base`. Policies answer first, into `output_dir`. The key of an endpoint is read from the environment (OPENAI_API_KEY),
-and written nowhere. Answers, replies, scores and labels are on disk when they come: start it again to go on.
-`--dry_run true` shows what a model will cost, and stops.
+A side is a file of answers (`prompt` and `answer` a line), or a policy: a LoRA adapter, the folder of a finished run,
+or `base`. Policies answer first, into `output_dir`. The key of an endpoint is read from the environment
+(OPENAI_API_KEY), and written nowhere. Answers, replies, scores and labels are on disk when they come: start it again to
+go on. `--dry_run true` shows what a model will cost, and stops.
 """
 
 import json
@@ -40,6 +40,7 @@ ENDPOINT = ("base_url", "api_key_env", "timeout", "retries", "concurrency", "pri
 MODEL = ("judge_model", "judge_prompt", "max_tokens", "temperature", "attempts", "dry_run")
 SAMPLING = ("prompts", "max_prompts", "max_new_tokens", "sampling_temperature")
 BASE = "base"
+UNFINISHED = ("running", "failed", "interrupted")  # outcomes in run.json
 
 
 @dataclass
@@ -182,7 +183,7 @@ def check_policy(path: str) -> Any:
         return None
     run = Path(path) / "run.json"
     outcome = json.loads(run.read_text(encoding="utf-8")).get("outcome") if run.is_file() else "finished"
-    if outcome not in ("finished", "stopped"):
+    if outcome in UNFINISHED:
         raise ValueError(f"{path}: the run is not finished ({outcome}). Wait, or name one of its checkpoints.")
     return read_adapter(path, "policy")
 
@@ -230,8 +231,21 @@ def sides_of(recipe: JudgeArguments, model_args: ModelConfig, folder: Path) -> t
     return found, base, encoder
 
 
-def sample(recipe: JudgeArguments, base: Any, encoder: Any, adapter: Any, prompts: Any, path: Path, named: str) -> None:
-    """One answer of a policy to each prompt, in a file that is gone on with; prompts of both sides share their seeds."""
+def sample(
+    recipe: Any, base: Any, encoder: Any, adapter: Any, prompts: Any, path: Path, named: str, count: int = 1
+) -> None:
+    """Answers of a policy to each prompt, in a file that is gone on with; prompts of both sides share their seeds.
+
+    Args:
+        recipe: With `sampling_temperature`, `max_new_tokens` and `seed`.
+        base: Without adapters, and so afterwards.
+        encoder: Of its tokenizer.
+        adapter: Of the policy; None: the base answers.
+        prompts: A dataset.
+        path: The file.
+        named: The policy, as it was named.
+        count: Answers to each prompt.
+    """
     import torch
 
     from trl_ext import SharedBaseModel
@@ -240,7 +254,7 @@ def sample(recipe: JudgeArguments, base: Any, encoder: Any, adapter: Any, prompt
     from trl_ext.run_identity import digest_of
 
     args = SamplingConfig(
-        ["temperature:1"],
+        [f"temperature:{count}"],
         sampling_temperature=recipe.sampling_temperature,
         max_new_tokens=recipe.max_new_tokens,
         sampling_seed=recipe.seed,

@@ -251,6 +251,24 @@ def _local(folder: str | Path) -> bool:
     return (Path(folder) / WEIGHTS_FILE).is_file()
 
 
+def member_scores(
+    base: Any, encoder: Any, rewards: Sequence[str | Path], prompts: Sequence[Any], answers: Sequence[str]
+) -> tuple[Any, Any]:
+    """Normalised scores of N answers by each of M reward models, (N, M), and what makes them raw again, (M,)."""
+    import torch
+
+    from trl_ext import SharedBaseModel
+    from trl_ext.roles import read_adapter
+    from trl_ext.scripts.pipeline import judge_scores
+
+    adapters = [read_adapter(each, "reward_adapter") for each in rewards]
+    model = SharedBaseModel(base, None, adapters, with_critic=False).eval()
+    rows = [encoder.rendered_ids(p, encoder.completion(p, a)) for p, a in zip(prompts, answers, strict=True)]
+    scores = judge_scores(model, encoder, rows)
+    model.unload()
+    return scores, torch.tensor([1.0 if each.scale is None else each.scale.std for each in adapters])
+
+
 # ---------------------------------------------------------------------- (d): people
 
 

@@ -7,8 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_ext.scripts.judging import adapter_scores, ask_model, differing, model_judge_of, open_judge, wait_for_people
-from trl_ext.scripts.pipeline import judge_scores
+from trl_ext.scripts.judging import (
+    adapter_scores,
+    ask_model,
+    differing,
+    member_scores,
+    model_judge_of,
+    open_judge,
+    wait_for_people,
+)
 from trl_ext.scripts.rlhf_stages import Work, digest
 from trl_ext.scripts.running import write_json
 from trl_ext.scripts.tables import print_table
@@ -38,22 +45,6 @@ def answer(work: Work, policy: Path, prompts: Any, path: Path, count: int) -> li
     model.unload()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return sorted(rows, key=lambda row: row["index"])
-
-
-def member_scores(work: Work, rewards: Sequence[Path], prompts: Sequence[Any], answers: Sequence[str]) -> Any:
-    """Normalised scores by each reward model, (N, M), and the standard deviations that make them raw again, (M,)."""
-    import torch
-
-    from trl_ext import SharedBaseModel
-    from trl_ext.roles import read_adapter
-
-    adapters = [read_adapter(each, "reward_adapter") for each in rewards]
-    model = SharedBaseModel(work.base, None, adapters, with_critic=False).eval()
-    encoder = work.encoder
-    rows = [encoder.rendered_ids(p, encoder.completion(p, a)) for p, a in zip(prompts, answers, strict=True)]
-    scores = judge_scores(model, encoder, rows)
-    model.unload()
-    return scores, torch.tensor([1.0 if each.scale is None else each.scale.std for each in adapters])
 
 
 # ---------------------------------------------------------------------- labels between two rounds
@@ -118,7 +109,7 @@ def choose(work: Work, number: int, policy: Path, rewards: Sequence[Path], sets:
     elif recipe.choose == "information":
         places = [(i, k) for i, row in enumerate(rows) for k in range(len(row["responses"]))]
         prompts, texts = [rows[i]["prompt"] for i, _ in places], [rows[i]["responses"][k] for i, k in places]
-        scores, spread = member_scores(work, rewards, prompts, texts)
+        scores, spread = member_scores(work.base, work.encoder, rewards, prompts, texts)
         raw = (scores * spread).T.tolist()
         found = [dict(zip(places, own, strict=True)) for own in raw]
         values = by.information_gain(np.asarray(by.member_differences(candidates, found)))
@@ -160,7 +151,7 @@ def accuracy_on(work: Work, rewards: Sequence[Path], rows: Sequence[Mapping[str,
 
     prompts = [row["prompt"] for row in rows]
     chosen, rejected = (
-        member_scores(work, rewards, prompts, [message_text(row[name]) for row in rows])[0]
+        member_scores(work.base, work.encoder, rewards, prompts, [message_text(row[name]) for row in rows])[0]
         for name in ("chosen", "rejected")
     )
     right = (chosen.mean(1) > rejected.mean(1)).float().mean()
@@ -187,7 +178,7 @@ def measure(work: Work, number: int, policy: Path, rewards: Sequence[Path]) -> d
     prompts = work.held_out.select(range(min(work.recipe.judged_prompts, len(work.held_out))))
     rows = answer(work, policy, prompts, folder / "answers.jsonl", 1)
     texts = [row["responses"][0] for row in rows]
-    scores, _ = member_scores(work, rewards, [row["prompt"] for row in rows], texts)
+    scores, _ = member_scores(work.base, work.encoder, rewards, [row["prompt"] for row in rows], texts)
     found: dict[str, Any] = {
         "round": number,
         "proxy": float(scores[:, :-1].mean()),

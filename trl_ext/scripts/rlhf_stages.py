@@ -76,7 +76,8 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
     """Read and check all data, then load the base.
 
     Raises:
-        ValueError: Several processes, data that cannot be trained on, a configuration with a wrong key, or a prompt that leaves no room.
+        ValueError: Several processes, data that cannot be trained on, a configuration with a wrong key, or a prompt
+            that leaves no room.
     """
     from accelerate import PartialState
     from accelerate.utils import set_seed

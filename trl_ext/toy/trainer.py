@@ -116,7 +116,7 @@ def build_world(
 
 
 def build_base(output_dir: str | os.PathLike[str], seed: int = 0, *, scale: float = 1.0) -> Path:
-    """The first stage of `build_world` alone, in the same place: the folder of the base, for a run that trains the rest.
+    """The first stage of `build_world` alone, in the same place: the folder of the base, for who trains the rest.
 
     Raises:
         ValueError: `scale` is not positive.
