@@ -65,7 +65,9 @@ class RLHFArguments(WorldArguments):
     reward_config: str = field(
         default="reward_tinychat", metadata={"help": "Options of RewardModelConfig: a yaml file, or its name."}
     )
-    members: int = field(default=3, metadata={"help": "Reward models: the last one judges, PPO has the others."})
+    members: int = field(
+        default=3, metadata={"help": "Reward models: the last one judges, PPO has the others; a single one pays."}
+    )
     rounds: int = field(default=1, metadata={"help": "How often reward models and policy are trained."})
     labels_per_round: int = field(default=300, metadata={"help": "Pairs that are labelled between two rounds."})
     sampled_prompts: int = field(default=500, metadata={"help": "Prompts answered to choose these pairs from."})
@@ -119,7 +121,14 @@ def check_numbers(recipe: RLHFArguments) -> None:
     Raises:
         ValueError: A value outside of them, by its flag.
     """
-    least = {"members": 2, "rounds": 1, "labels_per_round": 1, "sampled_prompts": 1, "answers_per_prompt": 2}
+    several = recipe.judge == "adapter" or (recipe.rounds > 1 and recipe.choose == "information")
+    least = {
+        "members": 2 if several else 1,
+        "rounds": 1,
+        "labels_per_round": 1,
+        "sampled_prompts": 1,
+        "answers_per_prompt": 2,
+    }
     least |= {"judged_prompts": 1, "max_prompt_length": 1, "world_pairs": LEAST_PAIRS}
     for name, number in least.items():
         if getattr(recipe, name) < number:

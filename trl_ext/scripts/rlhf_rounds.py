@@ -16,7 +16,7 @@ from trl_ext.scripts.judging import (
     open_judge,
     wait_for_people,
 )
-from trl_ext.scripts.rlhf_stages import Work, digest
+from trl_ext.scripts.rlhf_stages import Work, digest, paying
 from trl_ext.scripts.running import write_json
 from trl_ext.scripts.tables import print_table
 
@@ -181,7 +181,7 @@ def measure(work: Work, number: int, policy: Path, rewards: Sequence[Path]) -> d
     scores, _ = member_scores(work.base, work.encoder, rewards, [row["prompt"] for row in rows], texts)
     found: dict[str, Any] = {
         "round": number,
-        "proxy": float(scores[:, :-1].mean()),
+        "proxy": float(scores[:, : len(paying(rewards))].mean()),
         "judge": float(scores[:, -1].mean()),
         "spread": float(scores.std(1, unbiased=False).mean()),
         "accuracy": json.loads((folder / "reward" / "accuracy.json").read_text(encoding="utf-8")),

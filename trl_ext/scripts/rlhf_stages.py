@@ -93,7 +93,7 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
     if recipe.policy_adapter is None:
         sft_arguments(recipe.sft_config, training, Path("unused"))
     if model_args.model_name_or_path is None:
-        name, *data = _world(recipe, training, show)
+        name, data = _world(recipe, training, show)
         tokenizer = load_tokenizer(name)
         encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, load_generation_config(name)))
     else:
@@ -146,7 +146,7 @@ def check_demonstrations(dataset: Any, name: str) -> None:
         )
 
 
-def _world(recipe: Any, training: Any, show: Callable[..., Any]) -> tuple[Any, ...]:
+def _world(recipe: Any, training: Any, show: Callable[..., Any]) -> tuple[str, tuple[Any, ...]]:
     """The folder of the embedded world's base, and its data."""
     from trl_ext.toy import build_base
     from trl_ext.toy.task import demonstrations, preference_pairs, sample_prompts
@@ -161,7 +161,7 @@ def _world(recipe: Any, training: Any, show: Callable[..., Any]) -> tuple[Any, .
     test = preference_pairs(WORLD_TEST_PAIRS, random.Random(f"rlhf-test-{seed}"), temperature=0, split="eval")
     sets = (Dataset.from_list(convert_rows(rows)[0].to_list()) for rows in (pairs, test))
     prompts = (sample_prompts(n, random.Random(f"rlhf-{s}-{seed}"), s) for s, n in (("train", 4096), ("eval", 512)))
-    return str(base), told, *sets, *(Dataset.from_dict({"prompt": each}) for each in prompts)
+    return str(base), (told, *sets, *(Dataset.from_dict({"prompt": each}) for each in prompts))
 
 
 # ---------------------------------------------------------------------- a stage is done once
@@ -335,6 +335,11 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
 # ---------------------------------------------------------------------- 3. PPO-Max
 
 
+def paying(rewards: Sequence[Path]) -> list[Path]:
+    """The reward models that PPO has: all but the last one, which judges; a single one pays, and nothing judges."""
+    return list(rewards[:-1] or rewards)
+
+
 def run_ppo(work: Work, number: int, start: Path, critic: Path | None, rewards: Sequence[Path]) -> Path:
     """Stage 3 of a round: the folder of the tuned policy.
 
@@ -356,7 +361,8 @@ def run_ppo(work: Work, number: int, start: Path, critic: Path | None, rewards: 
     args.output_dir, args.seed = str(folder), work.training.seed + number - 1
     length = {name: getattr(args, name) for name in ("max_steps", "num_train_epochs")}
     options = {name: getattr(args, name) for name in work.given if hasattr(args, name) and name not in FREE}
-    adapters = [start, *rewards[:-1], *([critic] if critic else [])]
+    paid = paying(rewards)
+    adapters = [start, *paid, *([critic] if critic else [])]
     facts = model_facts(work) | {"options": options | length, "adapters": [digest(each) for each in adapters]}
     facts |= data_facts("prompts", work.prompts)
     if done(folder, facts):
@@ -364,9 +370,9 @@ def run_ppo(work: Work, number: int, start: Path, critic: Path | None, rewards: 
         return folder
     work.show(f"Round {number}: PPO-Max ...", flush=True)
     set_seed(args.seed)
-    members = [read_adapter(each, "reward_adapter") for each in rewards[:-1]]
+    members = [read_adapter(each, "reward_adapter") for each in paid]
     begun = None if critic is None else read_adapter(critic, "critic_adapter")
-    functions = [gold_reward] if work.in_world else []
+    functions: list[Any] = [gold_reward] if work.in_world else []
     args.reward_weights = [0.0] if work.in_world else None
     with lent(work.base):
         model = SharedBaseModel(work.base, read_adapter(start, "policy_adapter"), members, begun)
