@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.ppo import tiny
 from trl_ext.scripts import rlhf, rlhf_rounds, rlhf_stages
 
 OWN = ["--model_name_or_path=m", "--output_dir=x", "--use_cpu", "--preferences=p.jsonl"]
@@ -150,3 +152,60 @@ def test_the_reader_of_the_world_prefers_what_is_better_most_of_the_time_and_say
     said = [rlhf_rounds.reader(make_pair({"prompt": f"p{i}", **row}), 0) for i in range(50)]
     assert said.count("a") > 45
     assert said == [rlhf_rounds.reader(make_pair({"prompt": f"p{i}", **row}), 0) for i in range(50)]
+
+
+def test_pairs_drawn_at_random_are_held_out():
+    rows = [{"chosen_by": "random" if i % 5 == 0 else "information", "i": i} for i in range(10)]
+    kept, tested = rlhf_rounds.held_apart(rows, SimpleNamespace(choose="information", random_share=0.2))
+    assert [row["i"] for row in tested] == [0, 5]
+    assert len(kept) == 8
+    rows = [{"chosen_by": "random", "i": i} for i in range(10)]
+    kept, tested = rlhf_rounds.held_apart(rows, SimpleNamespace(choose="random", random_share=0.2))
+    assert ([row["i"] for row in tested], len(kept)) == ([0, 1], 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_a_run_on_data_of_ones_own(tmp_path: Path, four_bit):
+    world, out = tiny.build(tmp_path / "world"), tmp_path / "out"
+    asked = [[{"role": "user", "content": f"w{i % 12} w{i // 12}"}] for i in range(40)]
+    said = [[{"role": "assistant", "content": f"w{i % 7} w3"}] for i in range(40)]
+    other = [[{"role": "assistant", "content": f"w{i % 5} w{i % 3}"}] for i in range(40)]
+    files = {
+        "sft": [{"prompt": p, "completion": a} for p, a in zip(asked, said, strict=True)],
+        "pairs": [
+            {"prompt": p, "chosen": a, "rejected": b} for p, a, b in zip(asked, said, other, strict=True) if a != b
+        ],
+        "prompts": [{"prompt": p} for p in asked],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = "per_device_train_batch_size: 8\nmax_steps: 1\nmax_length: 64\nsave_strategy: 'no'\n"
+    for name in ("sft", "reward"):
+        (tmp_path / f"{name}.yaml").write_text(small)
+    rlhf.main(
+        [
+            *[f"--model_name_or_path={world / 'base'}", f"--output_dir={out}", "--use_cpu", "--bf16=false"],
+            *[f"--sft_dataset={tmp_path / 'sft.jsonl'}", f"--preferences={tmp_path / 'pairs.jsonl'}"],
+            *[f"--prompts={tmp_path / 'prompts.jsonl'}", f"--sft_config={tmp_path / 'sft.yaml'}"],
+            *[f"--reward_config={tmp_path / 'reward.yaml'}", f"--load_in_4bit={str(four_bit).lower()}", "--members=2"],
+            *["--report_to=none", "--gradient_checkpointing=false", "--save_strategy=no", "--disable_tqdm=true"],
+            *[
+                "--max_steps=2",
+                "--per_device_train_batch_size=4",
+                "--steps_per_generation=2",
+                "--critic_warmup_steps=0",
+            ],
+            *[
+                "--max_completion_length=6",
+                "--logging_steps=1",
+                "--write_report=false",
+                "--judged_prompts=4",
+                "--lora_r=4",
+            ],
+        ]
+    )
+    result = json.loads((out / "judge" / "result.json").read_text())
+    assert result["judged"] == 4
+    assert json.loads((out / "sft" / "adapter_config.json").read_text())["r"] == 4
+    assert (out / "round_1" / "ppo" / "critic" / "adapter_model.safetensors").is_file()

@@ -16,7 +16,7 @@ from trl_ext.scripts.judging import (
     open_judge,
     wait_for_people,
 )
-from trl_ext.scripts.rlhf_stages import Work, digest, paying
+from trl_ext.scripts.rlhf_stages import Work, digest, done, finish, paying
 from trl_ext.scripts.running import write_json
 from trl_ext.scripts.tables import print_table
 
@@ -39,9 +39,7 @@ def answer(work: Work, policy: Path, prompts: Any, path: Path, count: int) -> li
         sampling_seed=work.training.seed,
     )
     model = SharedBaseModel(work.base, read_adapter(policy, "policy_adapter"), with_critic=False)
-    local = (policy / "adapter_config.json").is_file()
-    settings = {"policy": digest(policy) if local else str(policy)}
-    sample_responses(model, work.encoder, prompts, path, args, None, settings)
+    sample_responses(model, work.encoder, prompts, path, args, None, {"policy": digest(policy)})
     model.unload()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return sorted(rows, key=lambda row: row["index"])
@@ -70,8 +68,12 @@ def label_round(work: Work, number: int, policy: Path, rewards: Sequence[Path], 
 
     folder = work.round(number)
     path = folder / "pairs.jsonl"
-    if not path.is_file():
+    names = ("labels_per_round", "sampled_prompts", "answers_per_prompt", "choose", "random_share")
+    facts = {name: getattr(work.recipe, name) for name in names}
+    facts["adapters"] = [digest(each) for each in (policy, *rewards)]
+    if not done(folder, facts):  # before any label is given: pairs that are labelled are never written again
         write_rows(path, [choice.row() for choice in choose(work, number, policy, rewards, sets)])
+        finish(folder, facts)
     pairs = read_pairs(path)
     labels = path.with_suffix(".labels")
     give_labels(work, pairs, labels)
@@ -79,13 +81,20 @@ def label_round(work: Work, number: int, policy: Path, rewards: Sequence[Path], 
     write_rows(folder / "preferences.jsonl", rows)
     left = "".join(f", {count:,} left out: {reason}" for reason, count in dropped.items())
     work.show(f"Round {number}: {len(rows):,} labelled pairs{left}")
-    tested = [row for row in rows if row["chosen_by"] == "random"] if work.recipe.random_share > 0 else []
-    kept = [row for row in rows if row not in tested]
+    kept, tested = held_apart(rows, work.recipe)
     if not kept:
         raise ValueError(f"{labels}: no label to train on. Label more pairs, or lower --random_share.")
     if tested and not (folder / "before.json").is_file():
         write_json(folder / "before.json", accuracy_on(work, rewards, tested))
     return convert_rows(kept)[0]
+
+
+def held_apart(rows: list[dict[str, Any]], recipe: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Labelled pairs to train on, and those drawn at random to test on."""
+    if recipe.choose == "random":  # all of them are: the first ones, of an order without meaning
+        count = round(recipe.random_share * len(rows))
+        return rows[count:], rows[:count]
+    return tuple([row for row in rows if (row["chosen_by"] == "random") == of] for of in (False, True))  # type: ignore[return-value]
 
 
 def choose(work: Work, number: int, policy: Path, rewards: Sequence[Path], sets: Mapping[str, Any]) -> list[Any]:
@@ -170,7 +179,7 @@ def measure(work: Work, number: int, policy: Path, rewards: Sequence[Path]) -> d
     """
     folder = work.round(number)
     path = folder / "measured.json"
-    hangs_on = [digest(each) for each in (policy, *rewards)]
+    hangs_on = [str(work.recipe.judged_prompts), *(digest(each) for each in (policy, *rewards))]
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["of"] == hangs_on:
@@ -248,7 +257,7 @@ def judge(work: Work, before: Path, after: Path, rewards: Sequence[Path]) -> dic
     folder, recipe = work.folder / "judge", work.recipe
     folder.mkdir(exist_ok=True)
     prompts = work.held_out.select(range(min(recipe.judged_prompts, len(work.held_out))))
-    paths = [folder / f"answers_{digest(each)}.jsonl" for each in (after, before)]
+    paths = [folder / f"answers_{digest(each).replace('/', '_')}.jsonl" for each in (after, before)]
     for policy, path in zip((after, before), paths, strict=True):
         answer(work, policy, prompts, path, 1)
     pairs, _ = match_answers(read_answers(paths[0]), read_answers(paths[1]))

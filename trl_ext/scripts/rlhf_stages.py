@@ -197,8 +197,9 @@ def finish(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def digest(folder: Path) -> str:
-    """Of the weights of an adapter."""
-    return hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:16]
+    """Of the weights of an adapter; of one on the Hub its id."""
+    path = folder / WEIGHTS_FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(folder)
 
 
 def model_facts(work: Work) -> dict[str, Any]:
