@@ -1,4 +1,4 @@
-"""Recipes of policies, run for real at tiny size by `accelerate launch`."""
+"""Recipes of policies, run for real at tiny size, the first by `accelerate launch`."""
 
 import importlib
 import json
@@ -12,6 +12,7 @@ import pytest
 import yaml
 from peft import AutoPeftModelForCausalLM
 
+from tests.processes import Done, run_script
 from trl_ext.scripts import ppo_max
 from trl_ext.scripts.catalogue import COMMANDS
 
@@ -25,17 +26,14 @@ TINY_WORLD = [
 ]
 
 
-def launch(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(recipe.parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(recipe), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-
-
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     root = Path(__file__).resolve().parents[1]
     out = tmp_path_factory.mktemp("toy")
-    return out, launch(root / "recipes" / "ppo_max.py", f"--output_dir={out}", *TINY_WORLD)
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(root / "recipes" / "ppo_max.py")]
+    command += [f"--output_dir={out}", *TINY_WORLD]
+    return out, subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
 def test_without_a_model_it_trains_in_the_embedded_world_and_reports(toy_run) -> None:
@@ -73,7 +71,7 @@ def test_with_a_model_and_a_reward_function_it_is_a_real_run(toy_run, tmp_path: 
     (tmp_path / "rewards.py").write_text(
         "def length(completions, **kwargs):\n    return [len(c) for c in completions]\n"
     )
-    result = launch(
+    result = run_script(
         repo_root / "recipes" / "ppo_max.py",
         f"--model_name_or_path={world / 'base'}",
         f"--policy_adapter={world / 'policy'}",
@@ -146,10 +144,10 @@ TINY_RRHF = [
 
 
 @pytest.fixture(scope="module")
-def rrhf_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def rrhf_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     root = Path(__file__).resolve().parents[1]
     out = tmp_path_factory.mktemp("rrhf")
-    return out, launch(root / "recipes" / "rrhf.py", f"--output_dir={out}", *TINY_RRHF)
+    return out, run_script(root / "recipes" / "rrhf.py", f"--output_dir={out}", *TINY_RRHF)
 
 
 def test_rrhf_goes_from_sampling_to_the_tuned_adapter(rrhf_run) -> None:
@@ -189,13 +187,13 @@ def test_responses_are_sampled_by_name_and_rrhf_trains_on_them(rrhf_run, tmp_pat
         "temperature:2",
         "beam:2",
     ]
-    result = launch(repo_root / "recipes" / "sample_responses.py", *common, *sampling)
+    result = run_script(repo_root / "recipes" / "sample_responses.py", *common, *sampling)
     assert result.returncode == 0, result.stderr[-3000:]
     for wanted in ("temperature", "beam", "human", "0 prompts were there, 2 are new"):
         assert wanted in result.stdout
     training = [f"--dataset_name={tmp_path / 'responses.jsonl'}", f"--output_dir={tmp_path / 'out'}", "--max_steps=1"]
     training += ["--report_to=none", "--gradient_checkpointing=false", "--use_cpu=true"]
-    result = launch(repo_root / "recipes" / "rrhf.py", *common, *training)
+    result = run_script(repo_root / "recipes" / "rrhf.py", *common, *training)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Before and after RRHF" in result.stdout
 

@@ -2,27 +2,24 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from datasets import load_from_disk
 from peft import AutoPeftModelForSequenceClassification
 
+from tests.processes import Done, run_script
+
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 TINY = ["--world_scale=0.03", "--max_steps=4", "--logging_steps=1", "--warmup_steps=0"]
 
 
-def launch(recipe: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(RECIPES.parent), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    command = [sys.executable, str(RECIPES / recipe), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+def launch(recipe: str, *arguments: str) -> Done:
+    return run_script(RECIPES / recipe, *arguments, COLUMNS="160")
 
 
 @pytest.fixture(scope="module")
-def reward_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def reward_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     out = tmp_path_factory.mktemp("reward")
     return out, launch("reward_model.py", f"--output_dir={out}", *TINY)
 
@@ -147,7 +144,7 @@ def test_the_whole_pipeline(chat_base, preferences, tmp_path: Path) -> None:
     )
     result = launch(
         "pipeline.py",
-        *["--config", str(RECIPES / "configs" / "pipeline_tinychat.yaml"), f"--output_dir={tmp_path / 'out'}"],
+        *["--config", "pipeline_tinychat", f"--output_dir={tmp_path / 'out'}"],
         *[f"--model_name_or_path={chat_base}", f"--dataset_name={preferences}", f"--dataset_test_name={preferences}"],
         *["--deduplicate=false", f"--reward_config={tmp_path / 'reward.yaml'}", "--members=3", "--judged_prompts=8"],
         *["--max_steps=4", "--per_device_train_batch_size=4", "--steps_per_generation=2", "--max_completion_length=8"],

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.ppo import tiny
+from tests.processes import run_script
 from tests.reward import runs
 from tests.stop_and_go import SendSignals, make
 
@@ -219,12 +220,12 @@ def job_of(world, folder, kind="ppo", **job):
     return {"kind": kind, "world": str(world), "folder": str(folder), "step": 5, "signals": [], "options": {}} | job
 
 
-def test_a_process_that_gets_sigterm_ends_with_143_and_a_checkpoint(world, tmp_path, repo_root):
-    process = start(job_of(world, tmp_path / "run", signals=[signal.SIGTERM]), repo_root)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 128 + signal.SIGTERM, err[-3000:]
-    assert "Traceback" not in err
-    assert "trained" not in out
+def test_a_process_that_gets_sigterm_ends_with_143_and_a_checkpoint(world, tmp_path):
+    job = job_of(world, tmp_path / "run", signals=[signal.SIGTERM])
+    done = run_script(SCRIPT, json.dumps(job), ACCELERATE_USE_CPU="true")
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert "trained" not in done.stdout
     assert (tmp_path / "run" / "checkpoint-8").is_dir()
     again = make("ppo", world, tmp_path / "run")
     again.train(resume_from_checkpoint=True)

@@ -1,39 +1,21 @@
 """The collective functions on two real processes (gloo)."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.processes import run_script
+
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory, repo_root):
+def ranks(tmp_path_factory):
     """What tests/ops/two_processes.py found out on each of two processes."""
     folder = tmp_path_factory.mktemp("two_processes")
-    script = Path(__file__).parent / "two_processes.py"
-    env = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
-    results = [folder / f"{rank}.json" for rank in (0, 1)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(folder / "rendezvous"), str(result)],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, result in enumerate(results)
-    ]
-    try:
-        for process in processes:
-            _, stderr = process.communicate(timeout=120)
-            assert process.returncode == 0, stderr
-    finally:
-        for process in processes:
-            process.kill()
-    return [json.loads(result.read_text()) for result in results]
+    done = run_script(Path(__file__).parent / "two_processes.py", folder, processes=2)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def test_running_moments_are_those_of_all_values_on_both_ranks(ranks):

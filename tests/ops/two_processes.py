@@ -1,6 +1,7 @@
 """Run by test_two_processes.py, once for each rank: python two_processes.py RANK RENDEZVOUS_FILE RESULT_FILE"""
 
 import json
+import os
 import sys
 
 import torch
@@ -24,8 +25,8 @@ def all_reduce(x: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    rank, rendezvous, result = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    rank, folder = int(os.environ["RANK"]), sys.argv[1]
+    dist.init_process_group("gloo")
     moments, seen = RunningMoments(), []
     for batch in SCORES:
         moments.update(torch.tensor(batch[rank]))
@@ -39,7 +40,7 @@ def main() -> None:
             errors.append(str(error))
     whitened = masked_whiten(torch.tensor(VALUES[rank]), torch.tensor(MASKS[rank]), reduce=all_reduce)
     nothing = masked_whiten(torch.tensor(VALUES[rank]), torch.tensor(MASKS[rank]) * rank, reduce=all_reduce)
-    with open(result, "w") as file:
+    with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(
             {
                 "seen": seen,

@@ -1,7 +1,5 @@
 """PPO-Max on two real processes (gloo, DistributedDataParallel): one run, not two that happen to share a folder."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,23 +7,16 @@ import torch
 
 from tests.ppo import tiny
 from tests.ppo.two_processes import GRADIENTS, gradient_options
+from tests.processes import run_script
 
 
 @pytest.fixture(scope="module")
-def ranks(world, tmp_path_factory, repo_root):
+def ranks(world, tmp_path_factory):
     """What two_processes.py found out on each of two processes."""
     folder = tmp_path_factory.mktemp("two_processes")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = str(Path(__file__).parent / "two_processes.py")
-    process = subprocess.run(
-        [*launch, script, str(world), str(folder)],
-        cwd=repo_root,
-        env=tiny.environment(repo_root),
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
+    script = Path(__file__).parent / "two_processes.py"
+    done = run_script(script, world, folder, processes=2, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-5000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 

@@ -101,18 +101,30 @@ def test_a_process_killed_right_after_its_checkpoint_goes_on_as_if_nothing_had_h
         pytest.param(4, {}, id="the middle of an epoch"),
         pytest.param(4, EVERYTHING | {"critic_warmup_steps": 6}, id="in warm-up, adaptive KL, PPO-ptx"),
         pytest.param(8, EVERYTHING, id="after warm-up, adaptive KL, PPO-ptx"),
-        pytest.param(4, {"critic_warmup_steps": 6, "warmup_steps": 1}, id="before the policy's schedule starts"),
+        pytest.param(
+            4,
+            {"critic_warmup_steps": 6, "warmup_steps": 1},
+            id="before the policy's schedule starts",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(8, {"critic_warmup_steps": 6, "warmup_steps": 3}, id="in the policy's schedule"),
         pytest.param(
             4,
             {"critic_warmup_steps": 4, "critic_warmup_explained_variance": -1e9, "warmup_steps": 3},
             id="a warm-up that ended early",
         ),
-        pytest.param(8, {"kl_control": "penalty", "kl_target": 0.01}, id="penalty KL"),
-        pytest.param(8, {"update_kl_target": 0.0, "guard": False}, id="no control of updates, no guard"),
-        pytest.param(4, {"policy_objective": "kl_penalty"}, id="PPO-Penalty"),
+        pytest.param(8, {"kl_control": "penalty", "kl_target": 0.01}, id="penalty KL", marks=pytest.mark.slow),
+        pytest.param(
+            8, {"update_kl_target": 0.0, "guard": False}, id="no control of updates, no guard", marks=pytest.mark.slow
+        ),
+        pytest.param(4, {"policy_objective": "kl_penalty"}, id="PPO-Penalty", marks=pytest.mark.slow),
         pytest.param(2, {"gradient_accumulation_steps": 2}, id="gradient accumulation"),
-        pytest.param(4, {"num_generations": 2, "gradient_checkpointing": True}, id="two completions per prompt"),
+        pytest.param(
+            4,
+            {"num_generations": 2, "gradient_checkpointing": True},
+            id="two completions per prompt",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_resuming_equals_never_stopping(world, tmp_path, save_steps, options):

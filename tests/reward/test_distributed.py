@@ -1,32 +1,23 @@
 """Two real processes (gloo, DistributedDataParallel) train the reward model that one process trains."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.ppo import tiny
+from tests.processes import run_script
 from tests.reward import two_processes
 
 pytestmark = pytest.mark.slow  # PPO's run by default, and so does its whole recipe
 
 
 @pytest.fixture(scope="module")
-def folder(base, tmp_path_factory, repo_root):
+def folder(base, tmp_path_factory):
     """Where two_processes.py has left what it found on each of two processes, and the adapter."""
     folder = tmp_path_factory.mktemp("two_processes")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.run(
-        [*launch, str(Path(two_processes.__file__)), str(base), str(folder)],
-        cwd=repo_root,
-        env=tiny.environment(repo_root),
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
+    done = run_script(Path(two_processes.__file__), base, folder, processes=2, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
 

@@ -1,32 +1,24 @@
 """RRHF on two real processes (gloo, DistributedDataParallel): one run, not two."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.ppo import tiny
+from tests.processes import run_script
 from tests.rrhf.two_processes import WHOLE, run
 
 pytestmark = pytest.mark.slow  # PPO's and the reward model's run by default
 
 
 @pytest.fixture(scope="module")
-def ranks(world, tmp_path_factory, repo_root):
+def ranks(world, tmp_path_factory):
     """What two_processes.py found on each of two processes."""
     folder = tmp_path_factory.mktemp("two_processes")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.run(
-        [*launch, str(Path(__file__).parent / "two_processes.py"), str(world), str(folder)],
-        cwd=repo_root,
-        env=tiny.environment(repo_root),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
+    script = Path(__file__).parent / "two_processes.py"
+    done = run_script(script, world, folder, processes=2, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-5000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

@@ -1,4 +1,4 @@
-"""Run by torch.distributed.run on each process, two or others: on_two_processes.py RECIPE FOLDER FLAGS ...
+"""Run on each process, one or more, by `tests.processes`: on_two_processes.py RECIPE FOLDER FLAGS ...
 
 The recipe as it is; when a trainer saves its model at the end, every process writes down what it has trained.
 """
@@ -27,7 +27,7 @@ def main() -> None:
     def recorded_save(self, *args, **kwargs):
         kind = type(self.model_wrapped).__name__
         found = {"start": dict(start), "end": weights(self), "wrapped": kind}
-        torch.save(found, folder / f"{type(self).__name__}-rank{os.environ['RANK']}.pt")
+        torch.save(found, folder / f"{type(self).__name__}-rank{os.environ.get('RANK', 0)}.pt")
         return save(self, *args, **kwargs)
 
     Trainer.train, Trainer.save_model = recorded_train, recorded_save

@@ -6,18 +6,15 @@ the updates on given ones.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import run_script
 from tests.scripts.pairs import write_pairs
 from trl_ext.toy import build_world
 
-ROOT = Path(__file__).resolve().parents[2]
 FOUR = pytest.param(4, marks=pytest.mark.slow)
 QUICK = [
     "--logging_steps=1",
@@ -30,11 +27,8 @@ QUICK = [
 
 def launch(recipe: str, folder: Path, *flags: str, processes: int = 2) -> str:
     """Run a recipe of `trl_ext.scripts` on so many processes; its output."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes)]
-    command += [str(Path(__file__).with_name("on_two_processes.py")), recipe, str(folder), *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290, check=False)
+    script = Path(__file__).with_name("on_two_processes.py")
+    done = run_script(script, recipe, folder, *flags, processes=processes, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
