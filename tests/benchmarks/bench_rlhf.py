@@ -99,8 +99,7 @@ def processes(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds and peak memory of one process and of three, on the same work."""
     folder, data = Path(options.output_dir), Path(options.data)
     folder.mkdir(parents=True, exist_ok=True)
-    train, test = data / "train_256tok.jsonl.gz", data / "test_256tok.jsonl.gz"
-    demonstrations, prompts = _texts(train, folder, options.rows)
+    demonstrations, prompts, train, test = _texts(data, folder, options.rows)
     common = f"per_device_train_batch_size: 8\nmax_steps: {options.steps}\nmax_length: 256\nlearning_rate: 3.0e-4\n"
     (folder / "sft.yaml").write_text(common + "gradient_checkpointing: false\nsave_strategy: 'no'\nlogging_steps: 10\n")
     (folder / "reward.yaml").write_text(
@@ -137,18 +136,17 @@ def processes(options: argparse.Namespace) -> dict[str, Any]:
     return found | {"ratio": found["one"]["seconds"] / found["three"]["seconds"]}
 
 
-def _texts(train: Path, folder: Path, rows: int) -> tuple[Path, Path]:
-    """Demonstrations and prompts of the first preferences."""
+def _texts(data: Path, folder: Path, rows: int) -> list[Path]:
+    """Demonstrations, prompts, preferences and as many test pairs at most, of the first rows."""
     from trl_ext.data import load_preferences
 
-    told, asked = [], []
-    for row in load_preferences(train)[0].select(range(rows)):
-        told.append({"prompt": row["prompt"], "completion": row["chosen"]})
-        if len(json.dumps(row["prompt"])) < 400:
-            asked.append({"prompt": row["prompt"]})
-    for name, lines in (("sft.jsonl", told), ("prompts.jsonl", asked)):
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder / "sft.jsonl", folder / "prompts.jsonl"
+    sets = [load_preferences(data / f"{name}_256tok.jsonl.gz")[0].to_list()[:rows] for name in ("train", "test")]
+    told = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in sets[0]]
+    asked = [{"prompt": row["prompt"]} for row in sets[0] if len(json.dumps(row["prompt"])) < 400]
+    paths = [folder / f"{name}.jsonl" for name in ("sft", "prompts", "train", "test")]
+    for path, lines in zip(paths, (told, asked, *sets), strict=True):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return paths
 
 
 def _run(command: list[str], folder: Path) -> dict[str, float]:
