@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trl_ext.ops.ensemble import ENSEMBLE_MODES, combine_scores
+from trl_ext.ops.ensemble import ENSEMBLE_MODES, check_weights, combine_scores
 from trl_ext.ops.packing import pack
 from trl_ext.roles import Role, SharedBaseModel, max_positions
 from trl_ext.sources import ClassifierReward, RewardFunction, RewardSource, RewardSources, checked_reward
@@ -48,6 +48,7 @@ def role_scores(
     max_tokens: int | None = None,
     ensemble: str = "mean",
     ensemble_coef: float = 0.5,
+    ensemble_weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of sampled responses by the reward role, read where its reward models were trained to read them.
 
@@ -57,7 +58,8 @@ def role_scores(
         prompts: B prompts, texts or conversations.
         prompt_ids, response_ids: Their tokens, and those of a response to each, through its end token.
         max_tokens: The largest pass, padding included. Default: no limit.
-        ensemble, ensemble_coef: How several reward adapters make one score (`ops.ensemble.combine_scores`).
+        ensemble, ensemble_coef, ensemble_weights: How several reward adapters make one score
+            (`ops.ensemble.combine_scores`).
 
     Returns:
         Scores (B,) float32, and the standard deviation over the adapters of an ensemble (B,), None without one.
@@ -86,7 +88,7 @@ def role_scores(
             f"the reward role's score of the samples {bad} is not finite: {members[bad[0]].tolist()}. Look for NaN in "
             "the reward adapter, or compute in bfloat16 or float32 instead of float16."
         )
-    scores, uncertainty = combine_scores(members, ensemble, ensemble_coef)
+    scores, uncertainty = combine_scores(members, ensemble, ensemble_coef, ensemble_weights)
     return scores, uncertainty if members.shape[1] > 1 else None
 
 
@@ -228,6 +230,7 @@ class ResponseScorer:
         role_weight: Of the reward role.
         ensemble: How several reward adapters make one score: "mean", "min" or "variance" (`ops.combine_scores`).
         ensemble_coef: Lambda of "variance".
+        ensemble_weights: One for each reward adapter. Default: all the same.
 
     Raises:
         TypeError, ValueError: See `RewardSources`; or an unknown `ensemble`.
@@ -243,6 +246,7 @@ class ResponseScorer:
         role_weight: float = 1.0,
         ensemble: str = "mean",
         ensemble_coef: float = 0.5,
+        ensemble_weights: Sequence[float] | None = None,
     ):
         if ensemble not in ENSEMBLE_MODES:
             raise ValueError(f"ensemble={ensemble!r} is unknown: use one of {', '.join(ENSEMBLE_MODES)}.")
@@ -258,7 +262,10 @@ class ResponseScorer:
             config = None if model is None else model.generation_config
             tokenizer = TextEncoder(tokenizer, end_token_ids(tokenizer, config))
         self.encoder = tokenizer
+        members = 0 if self.model is None else list(self.model.adapters.values()).count(Role.REWARD)
+        check_weights(ensemble_weights, ensemble, members)
         self.role_weight, self.ensemble, self.ensemble_coef = role_weight, ensemble, ensemble_coef
+        self.ensemble_weights = ensemble_weights
 
     def __call__(self, samples: Sequence[tuple[AnsweredPrompt, list[int]]]) -> list[float]:
         """Scores of some responses, each given as the prompt that it answers and its token ids, the end included.
@@ -287,6 +294,7 @@ class ResponseScorer:
                 ids,
                 ensemble=self.ensemble,
                 ensemble_coef=self.ensemble_coef,
+                ensemble_weights=self.ensemble_weights,
             )
             role = role.cpu()
         weights = torch.tensor(self.sources.weights, dtype=torch.float64)

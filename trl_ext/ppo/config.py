@@ -15,10 +15,11 @@ from trl import RLOOConfig
 
 from trl_ext.fields import above, at_least, at_most, between, check_fields, check_schedule, number, one_of, whole
 from trl_ext.generation.vllm_options import VLLMRolloutOptions
-from trl_ext.ops.ensemble import ENSEMBLE_MODES
+from trl_ext.ops.ensemble import check_weights
 from trl_ext.ops.kl import KL_ESTIMATORS
 from trl_ext.ops.packing import SCORED_PER_TRAINED
 from trl_ext.ppo.critic_options import LAMBDA, PENALTY_COEF, POLICY_OBJECTIVES, CriticOptions, check_critic_options
+from trl_ext.ppo.ensemble_options import EnsembleOptions
 from trl_ext.ppo.refusals import HARMLESS, check_options
 from trl_ext.ppo.rewards import BASELINES, SCORE_MODES
 from trl_ext.runs import BF16_HELP, choose_mixed_precision
@@ -34,7 +35,7 @@ DEFAULT_OPTIM: Any = RLOOConfig.__dataclass_fields__["optim"].default
 
 
 @dataclass
-class PPOMaxConfig(CriticOptions, VLLMRolloutOptions, RLOOConfig):
+class PPOMaxConfig(CriticOptions, EnsembleOptions, VLLMRolloutOptions, RLOOConfig):
     r"""
     Configuration of [`PPOMaxTrainer`]. The defaults are PPO-Max; every trick is a field that works alone.
 
@@ -95,17 +96,6 @@ class PPOMaxConfig(CriticOptions, VLLMRolloutOptions, RLOOConfig):
     # Reward
     reward_role_weight: Annotated[float, number()] = field(
         default=1.0, metadata={"help": "Weight of the reward role's score; `reward_weights` weighs the functions."}
-    )
-    reward_ensemble: Annotated[str, one_of(ENSEMBLE_MODES)] = field(
-        default="mean",
-        metadata={
-            "help": "How the scores of several reward adapters become one: 'mean', 'min', or 'variance', the mean less "
-            "`reward_ensemble_coef` times their variance.",
-            "choices": list(ENSEMBLE_MODES),
-        },
-    )
-    reward_ensemble_coef: Annotated[float, at_least(0)] = field(
-        default=0.5, metadata={"help": "Weight of the variance in `reward_ensemble='variance'`."}
     )
     reward_normalization: Annotated[str, one_of(SCORE_MODES)] = field(
         default="norm",
@@ -328,6 +318,7 @@ class PPOMaxConfig(CriticOptions, VLLMRolloutOptions, RLOOConfig):
 
     def _check_what_goes_together(self) -> None:
         """Options each of which is fine alone."""
+        check_weights(self.reward_ensemble_weights, self.reward_ensemble)
         assert self.steps_per_generation is not None  # RLOOConfig has set it
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(

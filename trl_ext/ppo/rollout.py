@@ -205,6 +205,7 @@ def collect(
                 max_tokens=rollout.longest() * at_a_time,
                 ensemble=args.reward_ensemble,
                 ensemble_coef=args.reward_ensemble_coef,
+                ensemble_weights=args.reward_ensemble_weights,
             )
     if training and state.rollouts == 0 and rollout.reference_logps is not None:
         check_first_kl(rollout.logps, rollout.reference_logps)

@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import RLOOTrainer
 
 from trl_ext.engines import check_engine, is_fsdp, zero_stage
+from trl_ext.ops.ensemble import check_weights
 from trl_ext.ppo import logging
 from trl_ext.ppo.beside import BesideTheLoop
 from trl_ext.ppo.callback import PPOStateCallback
@@ -113,6 +114,8 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
         config = load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config
         check_vocabulary(config, tokenizer)
         has_reward_role = isinstance(model, SharedBaseModel) and model.has_role(Role.REWARD)
+        members = list(model.adapters.values()).count(Role.REWARD) if isinstance(model, SharedBaseModel) else 0
+        check_weights(args.reward_ensemble_weights, args.reward_ensemble, members)
         check_inputs(
             args,
             self.encoder,

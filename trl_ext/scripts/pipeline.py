@@ -336,7 +336,10 @@ def judged_of(recipe: PipelineArguments, training: PPOMaxConfig) -> dict[str, An
     digests = [hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest() for folder in folders]
     names = ("seed", "max_completion_length", "temperature", "top_p")
     options = {name: getattr(training, name) for name in names} | {"judged_prompts": recipe.judged_prompts}
-    return options | {"dataset": [recipe.dataset_name, recipe.dataset_test_name], "adapters": digests}
+    return options | {
+        "dataset": [recipe.dataset_name or recipe.dataset_mixture, recipe.dataset_test_name],
+        "adapters": digests,
+    }
 
 
 def judged_before(path: Path, judged: dict[str, Any]) -> dict[str, Any] | None:
