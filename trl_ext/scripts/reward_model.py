@@ -22,14 +22,23 @@ from trl_ext.scripts.arguments import (
     PreferenceArguments,
     WorldArguments,
     check_model_flags,
+    check_preference_flags,
     check_world_flags,
     names_of,
 )
 from trl_ext.scripts.configs import CONFIGS
-from trl_ext.scripts.inputs import load_preference_splits, toy_preferences
+from trl_ext.scripts.inputs import WORLD_DATA, load_preference_splits, toy_preferences
 from trl_ext.scripts.models import fresh_reward_model, load_causal_base, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
-from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, without_traceback, write_json
+from trl_ext.scripts.running import (
+    options_of,
+    printer,
+    quiet_libraries,
+    show_progress,
+    start_run,
+    without_traceback,
+    write_json,
+)
 from trl_ext.scripts.tables import plot_run, print_table
 
 
@@ -49,8 +58,8 @@ def parse(arguments: list[str]) -> tuple[RecipeArguments, RewardModelConfig, Mod
     recipe, training, model_args, given = parser.parse(arguments, default)
     check_world_flags(given, model_args.model_name_or_path is None, *names_of(PreferenceArguments))
     check_model_flags(given, model_args, task="SEQ_CLS")
-    if model_args.model_name_or_path is not None and recipe.dataset_name is None:
-        raise ValueError("--dataset_name is missing: preferences by Hub id, folder or file.")
+    if model_args.model_name_or_path is not None:
+        check_preference_flags(recipe)
     return recipe, training, model_args, given
 
 
@@ -79,7 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
     base, tokenizer, train, test = load_inputs(recipe, training, model_args)
     model = fresh_reward_model(base, model_args)
     trainer = RewardModelTrainer(model, training, train, test, processing_class=tokenizer)
-    trainer.dataset_name = recipe.dataset_name
+    trainer.dataset_name = WORLD_DATA if model_args.model_name_or_path is None else recipe.dataset_name
+    trainer.recorder.options = options_of(recipe, model_args)
     show_progress(trainer, {"loss": "loss", "accuracy": "accuracy", "margin": "margin"})
     trainer.train(resume_from_checkpoint=resume)
     show("Scoring the test pairs ...", flush=True)
@@ -113,7 +123,8 @@ def report(trainer: Any, scores: dict[str, Any], results: dict[str, Any]) -> Non
 
     folder = Path(trainer.args.output_dir).resolve()
     write_json(folder / "evaluation.json", results)
-    pictures = write_pictures(folder, **{name: values for name, values in scores.items() if name != "rows"})
+    columns = {name: values for name, values in scores.items() if name not in ("rows", "sources")}
+    pictures = write_pictures(folder, **columns)
     panels = {"loss": {"loss": "loss"}, "accuracy": {"accuracy": "training pairs"}}
     plot_run(trainer.state.log_history, panels, folder / "training.png")
     print_table(f"Reward model on {len(scores['rows']):,} test pairs", ("", "value"), result_rows(results))
