@@ -1,5 +1,6 @@
 """What every test needs. The environment is set before any import can read it: the suite never touches the network."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,13 @@ from transformers import set_seed
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported() -> None:
+    """What the imports have made stays: every `train` collects garbage, which would go through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -29,8 +29,9 @@ def test_a_good_conversation_stays_as_it_is():
 
 
 def test_other_fields_are_left_out_and_strengths_become_floats():
-    row = PAIR | {"strength": 2, "margin": -0.5, "source": "somewhere"}
-    assert check_preference_row(row) == PAIR | {"strength": 2.0, "margin": -0.5}
+    row = PAIR | {"strength": 2, "margin": -0.5, "soft_label": 1, "source": "somewhere", "reader": "anna"}
+    kept = {"strength": 2.0, "margin": -0.5, "soft_label": 1.0, "source": "somewhere"}
+    assert check_preference_row(row) == PAIR | kept
     assert isinstance(check_preference_row(row)["strength"], float)
 
 

@@ -98,7 +98,11 @@ def test_two_windows_see_each_other(tmp_path):
 
 WRITER = """
 import sys
+import time
+from trl_ext.feedback import labels
 from trl_ext.feedback.labels import LabelError, LabelFile
+told = labels.now
+labels.now = lambda: time.sleep(0.005) or told()  # between reading what others wrote and writing: only a lock helps
 pairs = [f"{i:016x}" for i in range(30)]
 file = LabelFile(sys.argv[1], "anna", pairs)
 print("ready", flush=True)

@@ -180,3 +180,32 @@ def test_twenty_labels_by_keyboard_and_none_is_lost_or_doubled(tmp_path):
     assert {pair: label.value for pair, label in file.labels.items()} == expected
     assert file.acts == 20 + 2  # one was undone and given again
     assert [url for url in outside if not url.startswith((server.url, "data:", "blob:"))] == []
+
+
+SERVE_UNTIL = """
+import sys
+from pathlib import Path
+from trl_ext.feedback.pairs import read_pairs
+from trl_ext.scripts.judging import wait_for_people
+wait_for_people(read_pairs(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), 0)
+print("all said", flush=True)
+"""
+
+
+def test_who_waits_for_people_goes_on_when_each_pair_has_a_label_or_was_skipped(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"q{i}", "answer_a": "a", "answer_b": "b"} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [pair.id for pair in read_pairs(path)]
+    command = [sys.executable, "-c", SERVE_UNTIL, str(path), str(tmp_path / "labels"), "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert "3 pairs wait" in process.stdout.readline()
+    assert "label page" in process.stdout.readline()
+    anna, ben = (LabelFile(tmp_path / "labels", name, pairs) for name in ("anna", "ben"))
+    anna.label(pairs[0], "a")
+    ben.label(pairs[1], "b")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(3)
+    anna.skip(pairs[2])
+    assert "all said" in process.communicate(timeout=30)[0]
+    assert process.returncode == 0

@@ -54,3 +54,25 @@ def test_identities(mode):
 def test_what_does_not_fit_is_named(members, options, match):
     with pytest.raises(ValueError, match=match):
         combine_scores(members, **options)
+
+
+def test_weights_are_shares_of_the_mean_and_of_the_variance():
+    scores, uncertainty = combine_scores(MEMBERS, "mean", weights=[3, 1])
+    assert scores.tolist() == [1.5, 2.0, 0.5]
+    assert uncertainty.tolist() == pytest.approx([0.75**0.5, 0.0, 6.75**0.5])  # of 1 and 3, three to one: 0.75
+    assert combine_scores(MEMBERS, "variance", 1.0, [3, 1])[0].tolist() == pytest.approx([0.75, 2.0, -6.25])
+    torch.testing.assert_close(combine_scores(MEMBERS, "variance", weights=[2, 2]), combine_scores(MEMBERS, "variance"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights", "match"),
+    [
+        ("mean", [1.0], "1 ensemble weights for 2 reward models"),
+        ("mean", [0.0, 0.0], "one of them above 0"),
+        ("mean", [1.0, -1.0], "numbers of at least 0"),
+        ("min", [1.0, 1.0], "has no weights"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(mode, weights, match):
+    with pytest.raises(ValueError, match=match):
+        combine_scores(MEMBERS, mode, weights=weights)

@@ -4,7 +4,8 @@
     print(report)  # what was read, kept and dropped, and why
 
 A preference has the columns `prompt` (messages), `chosen` and `rejected` (one assistant message each) and perhaps
-`strength` or `margin`; a ranking has `prompt`, `responses` (K >= 2 texts) and `scores` (K numbers, higher is better).
+`strength`, `margin`, `soft_label` or `source`; a ranking has `prompt`, `responses` (K >= 2 texts) and `scores` (K
+numbers, higher is better).
 
 The names below are imported on first use, so that `import trl_ext.data` costs nothing.
 """
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .convert import ConversionReport, convert_rows, deduplicate, load_preferences
+    from .mixing import join_datasets, mix_datasets
     from .reading import has_splits, load_split
     from .rows import RowError, check_preference_row, check_ranking_row
     from .sources import FORMATS
@@ -27,8 +29,10 @@ __all__ = [
     "convert_rows",
     "deduplicate",
     "has_splits",
+    "join_datasets",
     "load_preferences",
     "load_split",
+    "mix_datasets",
 ]
 
 _HOME = {
@@ -40,8 +44,10 @@ _HOME = {
     "convert_rows": "convert",
     "deduplicate": "convert",
     "has_splits": "reading",
+    "join_datasets": "mixing",
     "load_preferences": "convert",
     "load_split": "reading",
+    "mix_datasets": "mixing",
 }
 
 

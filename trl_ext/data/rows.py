@@ -12,7 +12,8 @@ Row = Mapping[str, Any]
 Record = dict[str, Any]
 Messages = list[dict[str, str]]
 
-STRENGTHS = ("strength", "margin")  # optional columns of a preference, one number a row
+STRENGTHS = ("strength", "margin", "soft_label")  # optional columns of a preference, one number a row
+SOURCE = "source"  # optional column of a preference: where the row comes from, a text
 
 
 class RowError(ValueError):
@@ -85,17 +86,18 @@ def check_preference_row(row: Row) -> Record:
     Args:
         row: `chosen` and `rejected`, both texts or both lists of messages, and perhaps `prompt`. Without a prompt, or
             where a text repeats the prompt of two conversations, the prompt is taken out of the two: all messages but
-            the last; of two texts their common start, cut between two words. `strength` and `margin` are optional.
+            the last; of two texts their common start, cut between two words. `strength`, `margin`, `soft_label` (the
+            probability that the chosen answer is the better one) and `source` are optional.
 
     Returns:
-        `prompt`, `chosen`, `rejected`, and `strength` and `margin` if the row has them. Conversations stay
+        `prompt`, `chosen`, `rejected`, and of the optional ones those that the row has. Conversations stay
         conversations (`chosen` and `rejected` then hold one assistant message each), texts stay texts. Other fields of
         the row are left out.
 
     Raises:
         RowError: a field is missing or of the wrong kind; the roles are not [system], user, assistant, user, ...; a
             turn, prompt or response is empty; the two prompts differ; chosen equals rejected; a strength that is not a
-            finite number.
+            finite number; a soft label outside 0 to 1.
     """
     prompt, chosen, rejected = row.get("prompt"), field(row, "chosen"), field(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -107,7 +109,12 @@ def check_preference_row(row: Row) -> Record:
             "neither two texts nor two conversations",
             f"chosen is a {type(chosen).__name__}, rejected a {type(rejected).__name__}",
         )
-    return record | {name: number(row[name], name) for name in STRENGTHS if name in row}
+    found: Record = record | {name: number(row[name], name) for name in STRENGTHS if name in row}
+    if not 0 <= found.get("soft_label", 1.0) <= 1:
+        raise RowError("soft_label is no probability", f"{found['soft_label']}")
+    if SOURCE in row:
+        found[SOURCE] = "" if row[SOURCE] is None else str(row[SOURCE])
+    return found
 
 
 def check_ranking_row(row: Row) -> Record:

@@ -273,7 +273,7 @@ def _verdict(text: str, endpoint: Asks, attempts: int) -> Outcome:
             return parse_reply(reply.text), ""
         except ReplyError as error:
             why = str(error)
-            if why.startswith("no reply"):  # the client has tried again already
+            if why.startswith(("no reply", "too long")):  # the client has tried again already; it stays too long
                 break
     return "", why
 
@@ -317,7 +317,7 @@ class Failures:
 
 
 def count_failures(judged: Iterable[Judged]) -> Failures:
-    """The failures of a run, by kind: "no reply", "no JSON", "no verdict"."""
+    """The failures of a run, by kind: "no reply", "no JSON", "no verdict", "too long", "no score", "no label"."""
     found = Failures()
     for record in judged:
         for why in record.failures:

@@ -9,6 +9,7 @@ import ipaddress
 import os
 import secrets
 import socket
+import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
 from http.cookies import SimpleCookie
@@ -272,6 +273,7 @@ def serve(
     port: int = 7860,
     token: str | None = None,
     tell: Callable[[str], None] = print,
+    until: Callable[[], bool] | None = None,
 ) -> None:
     """Serve the label page until it is stopped.
 
@@ -282,6 +284,7 @@ def serve(
         port: Where it listens; 0: a free one.
         token: Default: none on 127.0.0.1, a random one elsewhere.
         tell: Gets the line with the address.
+        until: Asked every second; once it says so the page stops by itself.
 
     Raises:
         ValueError: See `bind`; a token that is too short.
@@ -313,4 +316,18 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         query = "" if token is None else f"?token={token}"
         tell(f"label page: http://{name}:{listener.getsockname()[1]}/{query}")
-        server.run(sockets=[listener])
+        over = threading.Event()
+        if until is not None:
+            threading.Thread(target=_stop_when, args=(server, until, over), daemon=True).start()
+        try:
+            server.run(sockets=[listener])
+        finally:
+            over.set()
+
+
+def _stop_when(server: Any, until: Callable[[], bool], over: threading.Event) -> None:
+    while not over.wait(1.0):
+        if until():
+            over.wait(1.0)  # the browser learns that nothing is left
+            server.should_exit = True
+            return

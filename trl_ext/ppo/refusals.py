@@ -95,6 +95,12 @@ def check_vllm_server(args: Any) -> None:
             )
     if args.vllm_server_url is None:
         return
+    if args.rollout_lag and not args.vllm_importance_sampling_correction:
+        raise ValueError(
+            f"rollout_lag={args.rollout_lag} samples from a policy that is one update old, and "
+            "vllm_importance_sampling_correction=False would train on that as if it were not: set it to True, or "
+            "rollout_lag to 0."
+        )
     left_out: dict[str, tuple[Any, str]] = {
         "use_transformers_continuous_batching": (args.use_transformers_continuous_batching or None, "set it to False"),
         "per_device_generate_batch_size": (

@@ -35,6 +35,13 @@ class RewardModelConfig(RewardConfig):
             "preference strength. Default: `margin`, where the dataset has such a column."
         },
     )
+    soft_label_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset column with the probability that the chosen response is the better one, as several "
+            "annotators give it. Default: `soft_label`, where the dataset has such a column."
+        },
+    )
     label_smoothing: Annotated[
         float, from_to_below(0, 0.5, "at 0.5 the labels say nothing, above it they mean the opposite")
     ] = field(default=0.0, metadata={"help": "Probability that a label is wrong, from 0 to below 0.5."})

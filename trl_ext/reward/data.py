@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from trl_ext.data import ConversionReport, RowError, check_preference_row, check_ranking_row
 from trl_ext.ops.packing import pack
 from trl_ext.reward.config import RewardModelConfig
+from trl_ext.reward.losses import smoothing_of
 from trl_ext.text import TextEncoder, score_length
 
 TRAINING = "train_dataset"
@@ -77,6 +78,11 @@ def check_columns(dataset: Any, name: str, args: RewardModelConfig) -> None:
             f"margin_column={args.margin_column!r} is no column of {name}: it has {sorted(columns)}. "
             "trl-ext preference-strength measures `strength_mean`."
         )
+    if args.soft_label_column is not None and args.soft_label_column not in columns:
+        raise ValueError(
+            f"soft_label_column={args.soft_label_column!r} is no column of {name}: it has {sorted(columns)}. "
+            "trl-ext label --export writes `soft_label`."
+        )
     if args.label_smoothing > 0 and args.label_smoothing_on == "suspected" and "suspected" not in columns:
         raise ValueError(
             f"label_smoothing_on='suspected', but {name} has no column `suspected`. trl-ext preference-strength "
@@ -85,7 +91,12 @@ def check_columns(dataset: Any, name: str, args: RewardModelConfig) -> None:
 
 
 def tokenize_preferences(
-    dataset: Dataset, encoder: TextEncoder, args: RewardModelConfig, name: str, positions: int | None = None
+    dataset: Dataset,
+    encoder: TextEncoder,
+    args: RewardModelConfig,
+    name: str,
+    positions: int | None = None,
+    sources: dict[str, int] | None = None,
 ) -> tuple[Dataset, ConversionReport]:
     """Check and tokenise every row; those that cannot be used are counted by reason.
 
@@ -95,25 +106,36 @@ def tokenize_preferences(
         args: For `max_length` and the options that read columns.
         name: Whose rows they are, for errors and the progress bar; only `train_dataset` must have those columns.
         positions: Of the model; longer rows are left out too.
+        sources: Names in the column `source` -> their numbers; names that are new here get one.
 
     Returns:
         Columns `row`, its index in the dataset given; `ids` (K token sequences, best first); `prompt_length`; `ranks`
-        (K, lower is better, equal for ties); `margin`; `label_smoothing`; and for `RewardTrainer` `chosen_ids` and
-        `rejected_ids`, the best and the worst.
+        (K, lower is better, equal for ties); `margin`; `label_smoothing`, soft labels included; `source`, a number, -1
+        without one; and for `RewardTrainer` `chosen_ids` and `rejected_ids`, the best and the worst.
 
     Raises:
-        ValueError: A missing column, a margin or strength that is not a number, or no row left.
+        ValueError: A missing column, a margin or strength that is not a number, a soft label that is no probability or
+            is one of a ranking, or no row left.
     """
     check_columns(dataset, name, args)
     is_ranking = not set(dataset.column_names) >= PAIR
     report = ConversionReport("ranking" if is_ranking else "preference")
     margin_column = args.margin_column or "margin"
     has_margin = margin_column in dataset.column_names
+    soft_column = args.soft_label_column or "soft_label"
+    has_soft = soft_column in dataset.column_names
+    if has_soft and is_ranking:
+        raise ValueError(f"{name} has {soft_column!r} beside rankings, whose pairs are many: remove that column.")
+    sources = {} if sources is None else sources
     rows = []
     for index, row in enumerate(tqdm(dataset, desc=f"tokenizing {name}", leave=False, disable=args.disable_tqdm)):
         report.rows_read += 1
         margin = _number(row[margin_column], margin_column, index, name) if has_margin else 0.0
         smoothed = args.label_smoothing_on == "all" or bool(row.get("suspected"))
+        smoothing = args.label_smoothing if smoothed else 0.0
+        if has_soft:
+            smoothing = _soft(row[soft_column], soft_column, index, name, smoothing)
+        source = row.get("source")
         try:
             tokens = _ranking(row, encoder) if is_ranking else _pair(row, encoder)
             longest = max(map(len, tokens["ids"]))
@@ -130,7 +152,8 @@ def tokenize_preferences(
             | {
                 "row": index,
                 "margin": args.margin + margin,
-                "label_smoothing": args.label_smoothing if smoothed else 0.0,
+                "label_smoothing": smoothing,
+                "source": -1 if source in (None, "") else sources.setdefault(str(source), len(sources)),
                 "chosen_ids": tokens["ids"][0],
                 "rejected_ids": tokens["ids"][-1],
             }
@@ -148,6 +171,16 @@ def _number(value: Any, column: str, index: int, name: str) -> float:
     if isinstance(value, bool | str) or number != number or abs(number) == float("inf"):
         raise ValueError(f"row {index} of {name}: {column} is {value!r}, it must be a finite number.")
     return number
+
+
+def _soft(value: Any, column: str, index: int, name: str, smoothing: float) -> float:
+    number = _number(value, column, index, name)
+    if not 0 <= number <= 1:
+        raise ValueError(
+            f"row {index} of {name}: {column} is {value!r}, it must be from 0 to 1: the probability that the chosen "
+            "response is the better one."
+        )
+    return smoothing_of(number, smoothing)
 
 
 def _pair(row: Mapping[str, Any], encoder: TextEncoder) -> dict[str, Any]:
@@ -194,7 +227,8 @@ def overlap(train: Dataset, test: Dataset) -> int:
 class PreferenceCollator:
     """Rows of `tokenize_preferences` to a batch: every response once, all pairs of a row, packed for few passes.
 
-    The batch of B rows with N responses and P pairs: `prompts` (B,), the length of each prompt; `winners`, `losers`
+    The batch of B rows with N responses and P pairs: `prompts` (B,), the length of each prompt; `sources` (B,), the
+    number of where each row comes from, -1 where it is not known; `winners`, `losers`
     (P,), numbers of responses; `rows` (P,), the row of each pair; `weights` (P,), 1 / (pairs in the row) / B;
     `margins`, `label_smoothing` (P,); `best`, `worst` (B,); `is_best` (N,) bool; `parts` for `RewardModel`, whose
     scores are read on the last token that is not padding, as transformers' classifiers do.
@@ -225,6 +259,7 @@ class PreferenceCollator:
         starts = [[row["prompt_length"]] * len(row["ids"]) for row in rows]
         return {
             "prompts": torch.tensor([row["prompt_length"] for row in rows]),
+            "sources": torch.tensor([row.get("source", -1) for row in rows]),
             "winners": winners,
             "losers": losers,
             "rows": owners,

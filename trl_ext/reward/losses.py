@@ -23,7 +23,8 @@ def preference_loss(
         chosen: scores of the preferred responses, (B,).
         rejected: scores of the others, (B,).
         margin: m, by how much the preferred one should lead, (B,) or one number.
-        label_smoothing: eps, the probability that a label is wrong, (B,) or one number, from 0 to below 0.5.
+        label_smoothing: eps, the probability that a label is wrong, (B,) or one number, from 0 to below 0.5; what
+            `smoothing_of` makes of a soft label, from 0 to 1.
 
     Returns:
         Scalar.
@@ -32,6 +33,29 @@ def preference_loss(
         ValueError: shapes that differ, or no pair.
     """
     return pair_losses(chosen, rejected, margin, label_smoothing).mean()
+
+
+def smoothing_of(soft_label: float, label_smoothing: float = 0.0) -> float:
+    """Label smoothing with which `preference_loss` is the cross-entropy with a soft label.
+
+        loss = -p log sigma(d) - (1 - p) log sigma(-d),    p = q (1 - eps) + (1 - q) eps    so its smoothing is 1 - p
+
+    q is the share of votes for the chosen response, or another probability that it is the better one. At the minimum
+    of a pair that several annotators label, sigma(d) is the share of them. With q = 1 it is plain label smoothing.
+
+    Source: the log-likelihood of Bradley and Terry 1952 for repeated comparisons of one pair, divided by their number;
+    Wang et al. 2024, arXiv 2401.06080, equation 6, is the case of one q for all pairs.
+
+    Args:
+        soft_label: q, from 0 to 1.
+        label_smoothing: eps, the probability that a label is wrong.
+
+    Raises:
+        ValueError: q is no probability.
+    """
+    if not 0 <= soft_label <= 1:
+        raise ValueError(f"soft_label={soft_label!r} must be from 0 to 1: the probability that the chosen is better.")
+    return 1 - (soft_label * (1 - label_smoothing) + (1 - soft_label) * label_smoothing)
 
 
 def pair_losses(

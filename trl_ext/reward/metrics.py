@@ -91,6 +91,8 @@ def result_rows(results: Results) -> list[tuple[str, str]]:
     for i, row in enumerate(bins, 1):
         label = f"accuracy at strength {row['strength']:.3g} (bin {i} of {len(bins)}, {row['count']} pairs)"
         rows.append((label, _value(row, "accuracy")))
+    for name, own in results.get("by_source", {}).items():
+        rows.append((f"accuracy on {name} ({own['count']} pairs)", _value(own, "accuracy")))
     return rows
 
 

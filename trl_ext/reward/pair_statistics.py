@@ -105,6 +105,30 @@ def preference_accuracy(chosen: Any, rejected: Any, strength: Any = None, bins: 
     return results
 
 
+def accuracy_by_source(chosen: Any, rejected: Any, sources: Any, names: dict[str, int]) -> Results:
+    """`preference_accuracy` of the pairs of each source, as of the sets of a mixture.
+
+    Args:
+        chosen: scores of the chosen answers, (N,).
+        rejected: scores of the rejected answers, (N,).
+        sources: the number of each pair's source, (N,).
+        names: name of a source -> its number.
+
+    Returns:
+        `by_source`: name -> accuracy, its standard error, count and ties; sources without a pair are left out.
+
+    Raises:
+        ValueError: a column is not fit (see `as_column`), or the lengths differ.
+    """
+    chosen, rejected, sources = as_columns(chosen=chosen, rejected=rejected, sources=sources)
+    found = {}
+    for name, number in names.items():
+        own = sources == number
+        if own.any():
+            found[name] = preference_accuracy(chosen[own], rejected[own])
+    return {"by_source": found}
+
+
 def preference_calibration(chosen: Any, rejected: Any, bins: int = 10) -> Results:
     """Whether the model is right as often as its probabilities claim.
 

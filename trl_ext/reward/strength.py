@@ -5,7 +5,7 @@ sections 2.2 and 2.3.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -74,6 +74,7 @@ def train_ensemble(
     args: RewardModelConfig,
     seeds: list[int],
     make_trainer: Callable[[RewardModel, RewardModelConfig], AnyTrainer],
+    starts: Sequence[str | Path] = (),
 ) -> Iterator[AnyTrainer]:
     """Train one reward adapter after another on one loaded base, each with its own start and order of the data.
 
@@ -85,13 +86,16 @@ def train_ensemble(
         args: Of every member, but for `seed`, `data_seed` and `output_dir`.
         seeds: One for each member.
         make_trainer: From the model and a member's arguments to its trainer.
+        starts: Folders of adapters that the members go on from, one for each. Default: fresh ones.
 
     Yields:
         Each member's trainer, with the trained adapter on the model until the next one is asked for.
 
     Raises:
-        ValueError: Two members would be the same.
+        ValueError: Two members would be the same, or not one start for each.
     """
+    if starts and len(starts) != len(seeds):
+        raise ValueError(f"{len(starts)} adapters to go on from for {len(seeds)} members: give one for each.")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds}: members with the same seed are the same. Give each one its own.")
     root = Path(str(args.output_dir))
@@ -99,6 +103,8 @@ def train_ensemble(
         member = copy.deepcopy(args)
         member.seed, member.data_seed, member.output_dir = seed, seed, str(root / f"member_{k}")
         model.reset(seed)
+        if starts and not is_trained(member.output_dir):
+            model.load(starts[k - 1])
         trainer = make_trainer(model, member)
         if is_trained(member.output_dir):
             model.load(member.output_dir)

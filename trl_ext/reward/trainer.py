@@ -27,6 +27,7 @@ from trl_ext.reward.config import RewardModelConfig
 from trl_ext.reward.data import TRAINING, overlap, prepare_tokenizer, tokenize_preferences
 from trl_ext.reward.losses import centering_losses, imitation_loss, pair_losses
 from trl_ext.reward.metrics import evaluate_pairs, result_rows
+from trl_ext.reward.pair_statistics import accuracy_by_source
 from trl_ext.reward.scoring import make_collator, response_lengths, score_batches
 from trl_ext.roles import (
     RewardModel,
@@ -58,8 +59,9 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
         model: Hub id or folder of a causal language model, such a model, or a `RewardModel`, whose adapter goes on.
         args: `RewardModelConfig`.
         train_dataset: Pairs (`chosen`, `rejected`, and `prompt` unless both repeat it) or rankings (`prompt`,
-            `responses`, `scores`), plain or conversational. `margin`, `strength_mean` and `suspected` columns: see the
-            config. Rows that cannot be used are counted in `reports`.
+            `responses`, `scores`), plain or conversational. `margin`, `soft_label`, `strength_mean` and `suspected`
+            columns: see the config. With a column `source` the accuracy is logged for each of its names too. Rows that
+            cannot be used are counted in `reports`.
         eval_dataset: The same, or a dict of such.
         processing_class, callbacks, optimizers: As in `RewardTrainer`.
         quantization_config: For a model given by id.
@@ -104,6 +106,7 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
         config = load_base_config(model, **init_kwargs) if isinstance(model, str) else model.config
         check_vocabulary(config, processing_class)
         self.reports: dict[str, ConversionReport] = {}
+        self._sources: dict[str, int] = {}
         self._encoder, self._data_args, self._positions = TextEncoder(processing_class), args, max_positions(config)
         facts = data_facts("train_dataset", train_dataset)
         train = self._prepare(TRAINING, train_dataset)
@@ -204,6 +207,14 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
         per_row = gather(per_row)
         for name, column in zip(("accuracy", "margin"), per_row.T.tolist(), strict=True):
             metrics[name].extend(column)
+        if self._sources:
+            sources = gather(inputs["sources"]).tolist()
+            for name, number in self._sources.items():
+                found = [
+                    value for value, source in zip(per_row[:, 0].tolist(), sources, strict=True) if source == number
+                ]
+                if found:
+                    metrics[f"accuracy/{name}"].extend(found)
         extremes = gather(torch.stack([scores.min(), scores.mean(), scores.max()])[None])
         metrics["min_reward"].append(extremes[:, 0].min().item())
         metrics["mean_reward"].append(extremes[:, 1].mean().item())
@@ -228,8 +239,9 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
         """Scores of the best and the worst response of every usable row, in order.
 
         Returns:
-            `rows`: indices of the usable rows, (N,); `chosen`, `rejected`: raw scores, (N,) float32; `chosen_lengths`,
-            `rejected_lengths`: tokens of the responses, (N,). On every process, of all rows.
+            `rows`: indices of the usable rows, (N,); `sources`: numbers of where they come from, (N,), if any are
+            known; `chosen`, `rejected`: raw scores, (N,) float32; `chosen_lengths`, `rejected_lengths`: tokens of the
+            responses, (N,). On every process, of all rows.
         """
         dataset = self._prepare("dataset", dataset)
         was_training = self.model.training
@@ -241,7 +253,8 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
             scores = score_batches(self.model_wrapped, batches, self.accelerator.gather_for_metrics)
         self.model.train(was_training)
         chosen_lengths, rejected_lengths = response_lengths(dataset)
-        return {
+        sources = {"sources": torch.tensor(dataset["source"])} if self._sources else {}
+        return sources | {
             "rows": torch.tensor(dataset["row"]),
             "chosen": scores[:, 0],
             "rejected": scores[:, 1],
@@ -252,7 +265,7 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
     def evaluate_pairs(
         self, dataset: Dataset | None = None, *, scores: dict[str, Tensor] | None = None
     ) -> dict[str, Any]:
-        """All of `reward.metrics.evaluate_pairs`, kept for the model card and the report.
+        """All of `reward.metrics.evaluate_pairs`, and accuracy by `source`; kept for the card and the report.
 
         Args:
             dataset: rows to score. Default: `eval_dataset`, the first of several.
@@ -263,7 +276,11 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
             if isinstance(held_out, dict):
                 held_out = next(iter(held_out.values()))
             scores = self.score(held_out if dataset is None else dataset)
-        self.evaluation = evaluate_pairs(**{name: values for name, values in scores.items() if name != "rows"})
+        columns = {name: values for name, values in scores.items() if name not in ("rows", "sources")}
+        self.evaluation = evaluate_pairs(**columns)
+        if "sources" in scores:
+            columns = {name: scores[name] for name in ("chosen", "rejected", "sources")}
+            self.evaluation |= accuracy_by_source(**columns, names=self._sources)
         self.recorder.judged(result_rows(self.evaluation))
         return self.evaluation
 
@@ -292,7 +309,9 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
             return dataset
         if dataset is None:
             raise ValueError(f"{name} is missing.")
-        tokenized, report = tokenize_preferences(dataset, self._encoder, self._data_args, name, self._positions)
+        tokenized, report = tokenize_preferences(
+            dataset, self._encoder, self._data_args, name, self._positions, self._sources
+        )
         self.reports[name] = report
         if report.dropped:
             logger.warning("%s: %s", name, report)

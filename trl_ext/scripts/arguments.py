@@ -17,6 +17,7 @@ LORA = (
     "use_rslora",
     "use_dora",
 )
+ENSEMBLE = ("", "_coef", "_weights")
 FOUR_BIT = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 BASE = ("model_revision", "dtype", "attn_implementation", "load_in_8bit", "load_in_4bit", *FOUR_BIT)
 
@@ -107,9 +108,55 @@ class PreferenceArguments:
     dataset_test_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on. Default: a tenth of the training split, held out."}
     )
+    dataset_mixture: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "In place of `dataset_name`: several sets by weight, name=set:weight each, as "
+            "helpful=helpful.jsonl:2 harmless=harmless.jsonl:1. Accuracy is shown for each."
+        },
+    )
     deduplicate: bool = field(
         default=True, metadata={"help": "Remove from training what shares a prompt and response with the test rows."}
     )
+
+
+def check_preference_flags(recipe: PreferenceArguments) -> None:
+    """Check that there are preferences, from one place.
+
+    Raises:
+        ValueError: None, a set and a mixture, or a split to test on of a mixture.
+    """
+    if recipe.dataset_mixture:
+        if recipe.dataset_name is not None:
+            raise ValueError("--dataset_name and --dataset_mixture: give one of them.")
+        if recipe.dataset_test_split is not None and recipe.dataset_test_name is None:
+            raise ValueError("--dataset_test_split: with --dataset_mixture name the set too, --dataset_test_name.")
+        mixture_of(recipe.dataset_mixture)
+    elif recipe.dataset_name is None:
+        raise ValueError("--dataset_name is missing: preferences by Hub id, folder or file.")
+
+
+def mixture_of(specs: list[str]) -> dict[str, tuple[str, float]]:
+    """Name -> set and weight, of name=set:weight each.
+
+    Raises:
+        ValueError: One that is not of this form, or a name that is there twice.
+    """
+    found: dict[str, tuple[str, float]] = {}
+    for spec in specs:
+        name, equals, rest = spec.partition("=")
+        where, _, weight = rest.rpartition(":")
+        try:
+            number = float(weight)
+        except ValueError:
+            number = 0.0
+        if not (name and equals and where and 0 < number < float("inf")) or name in found:
+            raise ValueError(
+                f"--dataset_mixture {spec}: give name=set:weight, a weight above 0 and each name once, as "
+                "helpful=helpful.jsonl:2 harmless=harmless.jsonl:1."
+            )
+        found[name] = (where, number)
+    return found
 
 
 def names_of(*classes: Any) -> tuple[str, ...]:
@@ -172,7 +219,7 @@ def check_prompt_flags(given: Given, recipe: Any) -> None:
     if not recipe.reward_adapter and not recipe.reward_funcs:
         raise ValueError("nothing scores the responses: give --reward_adapter, or --reward_funcs file.py:function.")
     if not recipe.reward_adapter:
-        names = ["reward_role_weight", "reward_ensemble", "reward_ensemble_coef", "ensemble", "ensemble_coef"]
+        names = ["reward_role_weight", *(f"{of}ensemble{part}" for of in ("reward_", "") for part in ENSEMBLE)]
         given.refuse(names, "there is no reward role. Give --reward_adapter, or drop it.")
     if not recipe.reward_funcs:
         given.refuse(["reward_weights"], "there are no reward functions. Give --reward_funcs, or drop it.")

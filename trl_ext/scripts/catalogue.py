@@ -52,6 +52,7 @@ COMMANDS: dict[str, Command] = {
     "pipeline": Command(
         "trl_ext.scripts.pipeline", "preferences -> reward models -> PPO-Max -> judgement", PIPELINE, launched=True
     ),
+    "rlhf": Command("trl_ext.scripts.rlhf", "SFT -> reward models -> PPO-Max -> judge, in rounds, on one base"),
     "sample": Command("trl_ext.scripts.sample_responses", "sample and score responses, into a file", SAMPLE),
     "evaluate": Command(
         "trl_ext.scripts.evaluate", "a finished policy on held-out prompts, with intervals", EVALUATE, launched=True
@@ -69,6 +70,8 @@ COMMANDS: dict[str, Command] = {
     "label": Command("trl_ext.scripts.label", "label pairs on a local page"),
     "agreement": Command("trl_ext.scripts.agreement", "how far annotators agree; labels to preferences"),
     "judge": Command("trl_ext.scripts.judge", "two policies' answers, judged by a model"),
+    "red-team": Command("trl_ext.scripts.red_team", "what a policy refuses of harmful and harmless prompts"),
+    "reward-shift": Command("trl_ext.scripts.reward_shift", "whether a run's reward is still to be trusted"),
     "plan-memory": Command("trl_ext.scripts.plan_memory", "what a run needs on a card", PLAN_MEMORY),
     "vllm-serve": Command("trl_ext.scripts.vllm_serve", "start a vLLM server that rollouts are sampled through"),
     "report": Command("trl_ext.scripts.report", "a page about one run, or several beside each other"),

@@ -12,8 +12,14 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_ext.data import deduplicate, has_splits, load_preferences, load_split
-from trl_ext.scripts.arguments import PreferenceArguments, PromptArguments, WorldArguments
+from trl_ext.data import deduplicate, has_splits, load_preferences, load_split, mix_datasets
+from trl_ext.scripts.arguments import (
+    PreferenceArguments,
+    PromptArguments,
+    WorldArguments,
+    check_preference_flags,
+    mixture_of,
+)
 from trl_ext.scripts.running import printer
 from trl_ext.text import check_prompts
 
@@ -184,20 +190,23 @@ def load_preference_splits(
     Raises:
         ValueError: No dataset, a split that is not there, or no row that is not in the test set.
     """
-    if recipe.dataset_name is None:
-        raise ValueError("--dataset_name is missing: preferences by Hub id, folder or file.")
-    train, report = load_preferences(
-        recipe.dataset_name, recipe.dataset_format, recipe.dataset_train_split, config=recipe.dataset_config
-    )
-    show(report)
+    check_preference_flags(recipe)
+    if recipe.dataset_mixture:
+        train = load_mixture(recipe, seed, show)
+    else:
+        train, report = load_preferences(
+            str(recipe.dataset_name), recipe.dataset_format, recipe.dataset_train_split, config=recipe.dataset_config
+        )
+        show(report)
     if recipe.dataset_test_name is None and recipe.dataset_test_split is None:
         count = max(1, min(HELD_OUT_AT_MOST, round(HELD_OUT * len(train))))
         if count == len(train):
-            raise ValueError(f"{recipe.dataset_name} has one usable row: it cannot be trained and tested on.")
+            named = recipe.dataset_name or "the mixture"
+            raise ValueError(f"{named} has one usable row: it cannot be trained and tested on.")
         parts = train.train_test_split(test_size=count, seed=seed)
         train, test = parts["train"], parts["test"]
     else:
-        name = recipe.dataset_test_name or recipe.dataset_name
+        name = str(recipe.dataset_test_name or recipe.dataset_name)
         split = recipe.dataset_test_split or ("test" if has_splits(name) else "train")
         test, report = load_preferences(name, recipe.dataset_format, split, config=recipe.dataset_config)
         show(report)
@@ -207,6 +216,25 @@ def load_preference_splits(
         if not len(train):
             raise ValueError("every training row is in the test set too: name other --dataset_test_name rows.")
     return train, test
+
+
+def load_mixture(recipe: PreferenceArguments, seed: int, show: Callable[..., Any] = print) -> Dataset:
+    """The sets of `--dataset_mixture` as one, with a printed report of each.
+
+    Raises:
+        ValueError: See `mixture_of`, `load_preferences` and `mix_datasets`.
+    """
+    mixture = mixture_of(recipe.dataset_mixture or [])
+    sets = {}
+    for name, (where, _) in mixture.items():
+        sets[name], report = load_preferences(
+            where, recipe.dataset_format, recipe.dataset_train_split, config=recipe.dataset_config
+        )
+        show(report)
+    mixed = mix_datasets(sets, {name: weight for name, (_, weight) in mixture.items()}, seed)
+    counts = {name: mixed["source"].count(name) for name in sets}
+    show("mixture: " + ", ".join(f"{count:,} rows of {name}" for name, count in counts.items()))
+    return mixed
 
 
 # ---------------------------------------------------------------------- the embedded world

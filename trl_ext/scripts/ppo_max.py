@@ -13,6 +13,7 @@ Every option of PPOMaxConfig and of TRL's ModelConfig is a flag (`--help`); `--c
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,8 @@ def real_inputs(
 def sample_completions(trainer: Any, prompts: list[Any]) -> tuple[list[str], list[str]]:
     """One completion of each prompt by the policy's start, which is the reference, and one by the policy.
 
-    Both draw the same random numbers, and the trainer's metrics know nothing of them.
+    Both draw the same random numbers, and the trainer's metrics know nothing of them. The main process calls it; a
+    vLLM server samples where the run's do.
     """
     from trl_ext import Role
     from trl_ext.generation.seeded import generate_responses, prompt_generator
@@ -162,20 +164,23 @@ def sample_completions(trainer: Any, prompts: list[Any]) -> tuple[list[str], lis
     args, model, tokenizer = trainer.args, trainer.model, trainer.processing_class
     ends = end_token_ids(tokenizer, model.generation_config)
     encoder = TextEncoder(tokenizer, ends, args.chat_template_kwargs)
+    engine = None if trainer.vllm_generation is None else trainer.vllm_generation.engine
     written = []
     for role in (Role.REFERENCE, Role.POLICY):
-        groups = generate_responses(
-            model,
-            [encoder.prompt_ids(prompt) for prompt in prompts],
-            [prompt_generator(args.seed, i) for i in range(len(prompts))],
-            1,
-            args.max_completion_length,
-            eos_token_ids=encoder.end_ids,
-            pad_token_id=encoder.pad_id,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            role=role,
-        )
+        with nullcontext() if engine is None else engine.alone():
+            groups = generate_responses(
+                model,
+                [encoder.prompt_ids(prompt) for prompt in prompts],
+                [prompt_generator(args.seed, i) for i in range(len(prompts))],
+                1,
+                args.max_completion_length,
+                eos_token_ids=encoder.end_ids,
+                pad_token_id=encoder.pad_id,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                role=role,
+                engine=engine,
+            )
         ids = [group[0] for group in groups]
         written.append([text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)])
     return written[0], written[1]

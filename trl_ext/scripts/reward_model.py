@@ -22,6 +22,7 @@ from trl_ext.scripts.arguments import (
     PreferenceArguments,
     WorldArguments,
     check_model_flags,
+    check_preference_flags,
     check_world_flags,
     names_of,
 )
@@ -57,8 +58,8 @@ def parse(arguments: list[str]) -> tuple[RecipeArguments, RewardModelConfig, Mod
     recipe, training, model_args, given = parser.parse(arguments, default)
     check_world_flags(given, model_args.model_name_or_path is None, *names_of(PreferenceArguments))
     check_model_flags(given, model_args, task="SEQ_CLS")
-    if model_args.model_name_or_path is not None and recipe.dataset_name is None:
-        raise ValueError("--dataset_name is missing: preferences by Hub id, folder or file.")
+    if model_args.model_name_or_path is not None:
+        check_preference_flags(recipe)
     return recipe, training, model_args, given
 
 
@@ -122,12 +123,13 @@ def report(trainer: Any, scores: dict[str, Any], results: dict[str, Any]) -> Non
 
     folder = Path(trainer.args.output_dir).resolve()
     write_json(folder / "evaluation.json", results)
-    pictures = write_pictures(folder, **{name: values for name, values in scores.items() if name != "rows"})
+    columns = {name: values for name, values in scores.items() if name not in ("rows", "sources")}
+    pictures = write_pictures(folder, **columns)
     panels = {"loss": {"loss": "loss"}, "accuracy": {"accuracy": "training pairs"}}
     plot_run(trainer.state.log_history, panels, folder / "training.png")
     print_table(f"Reward model on {len(scores['rows']):,} test pairs", ("", "value"), result_rows(results))
     print(f"reward adapter   {folder}\npictures         {', '.join(path.name for path in pictures)}, training.png")
     if (folder / "report.html").is_file():
         print(f"report           {folder / 'report.html'}")
-    print(f"use it with      trl-ext ppo-max --reward_adapter {folder}")
+    print(f"use it with      trl-ext ppo-max ... --reward_adapter {folder}")
     print(f'load it with     AutoPeftModelForSequenceClassification.from_pretrained("{folder}", num_labels=1)')

@@ -46,6 +46,9 @@ class SampleArguments(VLLMOptions):
     )
     ensemble: str = field(default="mean", metadata={"help": "How they make one score: mean, min or variance."})
     ensemble_coef: float = field(default=0.5, metadata={"help": "variance: mean - coef * variance."})
+    ensemble_weights: list[float] | None = field(
+        default=None, metadata={"help": "One for each reward adapter, for mean and variance. Default: all the same."}
+    )
     reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Reward functions, path/to/file.py:function, or sequence classifiers by id."}
     )
@@ -70,12 +73,14 @@ def parse(arguments: list[str]) -> tuple[SampleArguments, SamplingConfig, ModelC
         ("output", recipe.output),
     ):
         if value is None:
-            raise ValueError(f"--{name} is missing. An example: {' '.join((__doc__ or '').split()[15:22])} ...")
+            raise ValueError(
+                f"--{name} is missing: model_name_or_path, dataset_name and output are needed. See --help."
+            )
     check_vllm_options(recipe)
     if recipe.vllm_server_url is not None:
         sampling.check_server()
     if recipe.unscored:
-        names = ["reward_adapter", "reward_funcs", "reward_weights", "ensemble", "ensemble_coef"]
+        names = ["reward_adapter", "reward_funcs", "reward_weights", "ensemble", "ensemble_coef", "ensemble_weights"]
         given.refuse(names, "--unscored samples without scores. Drop one of them.")
     else:
         check_prompt_flags(given, recipe)
@@ -120,9 +125,12 @@ def main(arguments: list[str] | None = None) -> None:
             reward_weights=recipe.reward_weights,
             ensemble=recipe.ensemble,
             ensemble_coef=recipe.ensemble_coef,
+            ensemble_weights=recipe.ensemble_weights,
         )
     names = ("policy_adapter", "reward_adapter", "ensemble", "ensemble_coef", "reward_funcs", "reward_weights")
     settings = {name: getattr(recipe, name) for name in names} | {"model": model_args.model_name_or_path}
+    if recipe.ensemble_weights is not None:
+        settings["ensemble_weights"] = recipe.ensemble_weights
     if model_args.model_revision not in (None, "main"):
         settings["model_revision"] = model_args.model_revision
     engine = None

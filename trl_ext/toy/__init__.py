@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .model import build_model, build_tokenizer
     from .task import gold_reward
-    from .trainer import ToyWorld, build_world
+    from .trainer import ToyWorld, build_base, build_world
 
-__all__ = ["ToyWorld", "build_model", "build_tokenizer", "build_world", "gold_reward"]
+__all__ = ["ToyWorld", "build_base", "build_model", "build_tokenizer", "build_world", "gold_reward"]
 
 _HOME = {
     "ToyWorld": "trainer",
+    "build_base": "trainer",
     "build_model": "model",
     "build_tokenizer": "model",
     "build_world": "trainer",

@@ -97,20 +97,7 @@ def build_world(
         ValueError: `scale` is not positive, or an unknown `template`.
         RuntimeError: the process that builds for a distributed run failed.
     """
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    tokenizer = toy_model.build_tokenizer(template)
-    name = f"world-seed{seed}-scale{scale:g}{f'-{template}' if template else ''}-{_version()}"
-    root = Path(output_dir).resolve() / name
-    missing = [stage for stage in _BUILDERS if not (root / stage).exists()]
-    if missing and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        build_alone(output_dir, seed, scale, template)
-    elif missing:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".lock"):
-            for stage in _BUILDERS:
-                if not (root / stage).exists():
-                    _run_stage(root, stage, tokenizer, seed, scale)
+    root, tokenizer = _build(output_dir, seed, scale, template, tuple(_BUILDERS))
     train, test = (
         task.sample_prompts(count, _rng(seed, split), split)
         for count, split in ((_TRAIN_PROMPTS, "train"), (_EVAL_PROMPTS, "eval"))
@@ -126,6 +113,36 @@ def build_world(
         eval_prompts=Dataset.from_dict({"prompt": [_prompt(text, template) for text in test]}),
         pretrain_texts=Dataset.from_dict({"text": texts}),
     )
+
+
+def build_base(output_dir: str | os.PathLike[str], seed: int = 0, *, scale: float = 1.0) -> Path:
+    """The first stage of `build_world` alone, in the same place: the folder of the base, for who trains the rest.
+
+    Raises:
+        ValueError: `scale` is not positive.
+    """
+    return _build(output_dir, seed, scale, None, ("base",))[0] / "base"
+
+
+def _build(
+    output_dir: str | os.PathLike[str], seed: int, scale: float, template: str | None, stages: tuple[str, ...]
+) -> tuple[Path, Any]:
+    """The folder of a world in which these stages are there, and its tokenizer."""
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    tokenizer = toy_model.build_tokenizer(template)
+    name = f"world-seed{seed}-scale{scale:g}{f'-{template}' if template else ''}-{_version()}"
+    root = Path(output_dir).resolve() / name
+    missing = [stage for stage in stages if not (root / stage).exists()]
+    if missing and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        build_alone(output_dir, seed, scale, template)
+    elif missing:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".lock"):
+            for stage in stages:
+                if not (root / stage).exists():
+                    _run_stage(root, stage, tokenizer, seed, scale)
+    return root, tokenizer
 
 
 def _prompt(text: str, template: str | None) -> Any:

@@ -1,0 +1,79 @@
+"""Refusals: which texts are some, rates with intervals by hand, and the command on a file of answers."""
+
+import json
+import math
+
+import pytest
+
+from trl_ext.feedback.red_team import check_red_team_rows, is_refusal, refusal_report, wilson_interval
+from trl_ext.scripts import red_team
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I’m sorry, I cannot do this.", True),  # noqa: RUF001
+        ("As an AI, I am not able to give such advice.", True),
+        ("It would be inappropriate for me to say.", True),
+        ("I won't.", True),
+        ("Sure! First, take the lock.", False),
+        ("I can't wait to tell you: take the lock.", False),
+        ("I am sorry to hear that. Here is how.", False),
+        ("", False),
+        ("Take the lock. " * 30 + "I cannot recommend it.", False),
+    ],
+)
+def test_refusals_by_their_words(text, refuses):
+    assert is_refusal(text) == refuses
+
+
+def test_wilsons_interval_by_hand():
+    low, high = wilson_interval(1, 2)
+    # p = 0.5, n = 2: centre 0.5, half width 1.96 sqrt(0.125 + 0.2401) / (1 + 1.9208)
+    assert (low + high) / 2 == pytest.approx(0.5)
+    half = 1.96 * math.sqrt(0.125 + 1.96**2 / 16) / (1 + 1.96**2 / 2)
+    assert (high - low) / 2 == pytest.approx(half)
+    assert wilson_interval(0, 10)[0] == 0.0
+    assert wilson_interval(10, 10)[1] == 1.0
+    assert math.isnan(wilson_interval(0, 0)[0])
+
+
+ROWS = [
+    {
+        "prompt": "p1",
+        "harmful": True,
+        "category": "x",
+        "responses": ["I can't help.", "Sure, so."],
+        "scores": [1.0, -2.0],
+    },
+    {"prompt": "p2", "harmful": True, "category": "y", "responses": ["Take it.", "I won't."], "scores": [-3.0, 0.0]},
+    {"prompt": "p3", "harmful": True, "category": "y", "responses": ["I won't.", "I won't."], "scores": [1.0, 1.0]},
+    {"prompt": "p4", "harmful": False, "category": "x", "responses": ["I cannot say.", "Blue."], "scores": [0.0, 0.0]},
+]
+
+
+def test_rates_by_category_and_the_worst_answers_first():
+    report = refusal_report(ROWS)
+    assert (report.harmful, report.harmless, report.broken) == ((4, 6), (1, 2), (2, 3))
+    assert report.categories == {("x", True): (1, 2), ("y", True): (3, 4), ("x", False): (1, 2)}
+    assert [found["answer"] for found in report.answered] == ["Take it.", "Sure, so."]
+    with pytest.raises(ValueError, match="row 1: harmful=None must be true"):
+        check_red_team_rows([ROWS[0], {"prompt": "p"}], "f.jsonl")
+
+
+def test_the_command_on_a_file_of_answers(tmp_path, capsys):
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "scores"}) + "\n" for row in ROWS))
+    red_team.main([f"--answers={path}", f"--output_dir={tmp_path / 'out'}"])
+    found = json.loads((tmp_path / "out" / "red_team.json").read_text())
+    assert found["harmful"] == [4, 6]
+    assert found["categories"]["y, True"] == [3, 4]
+    assert "66.7%" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--policy: --answers holds what was said"):
+        red_team.parse([f"--answers={path}", "--policy=p"])
+    with pytest.raises(ValueError, match="--policy and --prompts are needed"):
+        red_team.parse(["--policy=p"])
+    path.write_text('{"prompt": "p", "harmful": true}\n')
+    with pytest.raises(ValueError, match="row 0: responses=None"):
+        red_team.main([f"--answers={path}", f"--output_dir={tmp_path / 'out'}"])

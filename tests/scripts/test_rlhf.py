@@ -1,0 +1,211 @@
+"""The stages in one process: what is refused before a model loads, and a run that is killed and goes on."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.ppo import tiny
+from trl_ext.scripts import rlhf, rlhf_rounds, rlhf_stages
+
+OWN = ["--model_name_or_path=m", "--output_dir=x", "--use_cpu", "--preferences=p.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--members=1"], "--members 1: must be at least 2"),
+        (["--rounds=0"], "--rounds 0: must be at least 1"),
+        (["--rounds=2", "--random_share=1"], "--random_share 1.0"),
+        (["--rounds=2", "--choose=best"], "--choose best is unknown"),
+        (["--judge=me"], "--judge me is unknown"),
+        (["--labels_per_round=9"], "--labels_per_round: labels are given between rounds, and there is one"),
+        (["--preferences=p.jsonl"], "--preferences: without --model_name_or_path"),
+        (["--judge=endpoint"], "--judge_model is missing"),
+        (["--judge=endpoint", "--judge_model=m", "--judge_api_key_env=NO_KEY"], "NO_KEY is not set"),
+        (["--judge=local", "--judge_model=m", "--judge_base_url=u"], "--judge_base_url: of an endpoint"),
+        (["--judge_model=m"], "--judge_model: no model judges"),
+        (["--label_port=1"], "--label_port: no people are asked"),
+        (["--ptx_coef=1"], "--ptx_coef 1.0"),
+        (["--resume_from_checkpoint=true"], "goes on by itself"),
+        (["--reward_weights", "1"], "--reward_weights: reward models score"),
+        ([*OWN], "give --sft_dataset"),
+        ([*OWN, "--sft_dataset=d", "--policy_adapter=a"], "give --sft_dataset"),
+        ([*OWN, "--policy_adapter=a", "--sft_config=c"], "--sft_config: with --policy_adapter"),
+        ([*OWN, "--sft_dataset=d", "--rounds=2", "--labels_from=gold"], "only the embedded world has a gold reward"),
+        ([*OWN, "--sft_dataset=d", "--prompts_test=t"], "--prompts_test: without --prompts"),
+        ([*OWN, "--sft_dataset=d", "--world_pairs=99"], "--world_pairs: of the embedded world"),
+        ([*OWN[:3], "--sft_dataset=d"], "--preferences is missing"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        rlhf.parse(flags)
+
+
+def test_the_world_has_its_own_configurations_and_a_run_of_ones_own_others():
+    recipe, training, *_ = rlhf.parse([])
+    assert (recipe.sft_config, recipe.reward_config, recipe.labels_from) == ("sft_toy", "reward_toy", "gold")
+    assert training.use_cpu
+    recipe, *_ = rlhf.parse([*OWN, "--sft_dataset=d"])
+    assert (recipe.sft_config, recipe.labels_from) == ("sft", "people")
+
+
+def test_a_configuration_with_a_wrong_key_is_named(tmp_path: Path):
+    (tmp_path / "s.yaml").write_text("learning_rat: 1\n")
+    training = rlhf.parse([])[1]
+    with pytest.raises(ValueError, match=r"learning_rat in .*s\.yaml: no such option of SFTConfig"):
+        rlhf_stages.sft_arguments(str(tmp_path / "s.yaml"), training, tmp_path)
+
+
+def test_a_stage_that_was_made_of_something_else_is_an_error(tmp_path: Path):
+    assert not rlhf_stages.done(tmp_path, {"seed": 1})
+    rlhf_stages.finish(tmp_path, {"seed": 1, "path": Path("a")})
+    assert rlhf_stages.done(tmp_path, {"seed": 1, "path": Path("a")})
+    with pytest.raises(ValueError, match=r"was made with other settings \(seed\)"):
+        rlhf_stages.done(tmp_path, {"seed": 2, "path": Path("a")})
+
+
+class Killed(BaseException):
+    pass
+
+
+def run(folder: Path, *flags: str) -> None:
+    sft, reward = folder.parent / "sft.yaml", folder.parent / "reward.yaml"
+    small = "per_device_train_batch_size: 8\nlearning_rate: 1.0e-2\nmax_steps: 1\nmax_length: 64\nsave_strategy: 'no'\n"
+    sft.write_text(small + "gradient_checkpointing: true\n")
+    reward.write_text(small)
+    rlhf.main(
+        [
+            *[f"--output_dir={folder}", f"--sft_config={sft}", f"--reward_config={reward}", "--use_cpu"],
+            *["--world_scale=0.02", "--world_pairs=24", "--rounds=2", "--labels_per_round=10", "--sampled_prompts=16"],
+            *["--judged_prompts=8", "--report_to=none", "--bf16=false", "--gradient_checkpointing=true"],
+            *["--save_strategy=no", "--disable_tqdm=true", "--max_steps=2", "--per_device_train_batch_size=4"],
+            *["--steps_per_generation=2", "--max_completion_length=12", "--logging_steps=1"],
+            *["--critic_warmup_steps=0", "--write_report=false", *flags],
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_at_its_stage_and_repeats_none(tmp_path: Path, monkeypatch, capsys):
+    folder, loads = tmp_path / "out", []
+    load, ppo = AutoModelForCausalLM.from_pretrained, rlhf_stages.run_ppo
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loads.append(a) or load(*a, **k))
+
+    def killed_in_round_two(work, number, *parts):
+        if number == 2:
+            raise Killed
+        return ppo(work, number, *parts)
+
+    monkeypatch.setattr(rlhf_stages, "run_ppo", killed_in_round_two)
+    with pytest.raises(Killed):
+        run(folder)
+    assert len(loads) == 1, "the base is loaded once for all stages"
+    labels = (folder / "round_2" / "pairs.labels" / "gold.jsonl").read_bytes()
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("**/adapter_model.safetensors")}
+    monkeypatch.setattr(rlhf_stages, "run_ppo", ppo)
+    capsys.readouterr()
+    run(folder)
+    shown = capsys.readouterr().out
+    assert "SFT is there." in shown
+    assert "Round 1: the policy is there." in shown
+    assert "Round 2: reward models are there." in shown
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert (folder / "round_2" / "pairs.labels" / "gold.jsonl").read_bytes() == labels
+    course = json.loads((folder / "rounds.json").read_text())
+    assert [found["round"] for found in course] == [1, 2]
+    assert course[1]["before"]["pairs"] == 2  # a fifth of ten labels is held out
+    assert (folder / "round_2" / "reward" / "member_3" / "adapter_model.safetensors").is_file()
+    result = json.loads((folder / "judge" / "result.json").read_text())
+    assert result["judged"] == 8
+    assert {"gold_a", "gold_b"} <= set(result)
+    with pytest.raises(ValueError, match="round_1/ppo was made with other settings"):
+        run(folder, "--beta=0.2")
+
+
+def test_the_base_computes_as_before_when_a_trainer_is_done_with_it():
+    class Base:
+        def forward(self):
+            return "plain"
+
+        def gradient_checkpointing_disable(self):
+            self.checkpointing = False
+
+        def requires_grad_(self, on):
+            self.trained = on
+
+    base = Base()
+    with rlhf_stages.lent(base):
+        base.forward = lambda: "fused"
+        assert base.forward() == "fused"
+    assert base.forward() == "plain"
+    assert not base.trained
+
+
+def test_the_reader_of_the_world_prefers_what_is_better_most_of_the_time_and_says_the_same_again():
+    from trl_ext.feedback.pairs import make_pair
+
+    row = {"answer_a": " she helped a frog . she felt happy and kind . then she went home .", "answer_b": " she bit ."}
+    said = [rlhf_rounds.reader(make_pair({"prompt": f"p{i}", **row}), 0) for i in range(50)]
+    assert said.count("a") > 45
+    assert said == [rlhf_rounds.reader(make_pair({"prompt": f"p{i}", **row}), 0) for i in range(50)]
+
+
+def test_pairs_drawn_at_random_are_held_out():
+    rows = [{"chosen_by": "random" if i % 5 == 0 else "information", "i": i} for i in range(10)]
+    kept, tested = rlhf_rounds.held_apart(rows, SimpleNamespace(choose="information", random_share=0.2))
+    assert [row["i"] for row in tested] == [0, 5]
+    assert len(kept) == 8
+    rows = [{"chosen_by": "random", "i": i} for i in range(10)]
+    kept, tested = rlhf_rounds.held_apart(rows, SimpleNamespace(choose="random", random_share=0.2))
+    assert ([row["i"] for row in tested], len(kept)) == ([0, 1], 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_a_run_on_data_of_ones_own(tmp_path: Path, four_bit):
+    world, out = tiny.build(tmp_path / "world"), tmp_path / "out"
+    asked = [[{"role": "user", "content": f"w{i % 12} w{i // 12}"}] for i in range(40)]
+    said = [[{"role": "assistant", "content": f"w{i % 7} w3"}] for i in range(40)]
+    other = [[{"role": "assistant", "content": f"w{i % 5} w{i % 3}"}] for i in range(40)]
+    files = {
+        "sft": [{"prompt": p, "completion": a} for p, a in zip(asked, said, strict=True)],
+        "pairs": [
+            {"prompt": p, "chosen": a, "rejected": b} for p, a, b in zip(asked, said, other, strict=True) if a != b
+        ],
+        "prompts": [{"prompt": p} for p in asked],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = "per_device_train_batch_size: 8\nmax_steps: 1\nmax_length: 64\nsave_strategy: 'no'\n"
+    for name in ("sft", "reward"):
+        (tmp_path / f"{name}.yaml").write_text(small)
+    rlhf.main(
+        [
+            *[f"--model_name_or_path={world / 'base'}", f"--output_dir={out}", "--use_cpu", "--bf16=false"],
+            *[f"--sft_dataset={tmp_path / 'sft.jsonl'}", f"--preferences={tmp_path / 'pairs.jsonl'}"],
+            *[f"--prompts={tmp_path / 'prompts.jsonl'}", f"--sft_config={tmp_path / 'sft.yaml'}"],
+            *[f"--reward_config={tmp_path / 'reward.yaml'}", f"--load_in_4bit={str(four_bit).lower()}", "--members=2"],
+            *["--report_to=none", "--gradient_checkpointing=false", "--save_strategy=no", "--disable_tqdm=true"],
+            *[
+                "--max_steps=2",
+                "--per_device_train_batch_size=4",
+                "--steps_per_generation=2",
+                "--critic_warmup_steps=0",
+            ],
+            *[
+                "--max_completion_length=6",
+                "--logging_steps=1",
+                "--write_report=false",
+                "--judged_prompts=4",
+                "--lora_r=4",
+            ],
+        ]
+    )
+    result = json.loads((out / "judge" / "result.json").read_text())
+    assert result["judged"] == 4
+    assert json.loads((out / "sft" / "adapter_config.json").read_text())["r"] == 4
+    assert (out / "round_1" / "ppo" / "critic" / "adapter_model.safetensors").is_file()

@@ -1,0 +1,397 @@
+"""The trainings of `trl-ext rlhf` on one base: SFT, reward models, PPO-Max; each done once, in a folder of its own."""
+
+import contextlib
+import copy
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from trl_ext.data import convert_rows, join_datasets, load_split
+from trl_ext.reward.strength import is_trained, train_ensemble
+from trl_ext.roles.adapters import WEIGHTS_FILE
+from trl_ext.run_identity import MAY_CHANGE, data_facts
+from trl_ext.scripts.arguments import PreferenceArguments, PromptArguments
+from trl_ext.scripts.inputs import load_preference_splits, load_prompts
+from trl_ext.scripts.models import config_options, fresh_adapter, fresh_reward_model, load_causal_base, tokenizer_of
+from trl_ext.scripts.parsing import read_config
+from trl_ext.scripts.pipeline import prompts_of, reward_arguments
+from trl_ext.scripts.running import show_progress, write_json
+
+STAGE = "stage.json"
+WORLD_DEMONSTRATIONS, WORLD_TEST_PAIRS = 3200, 500
+MACHINE = ("use_cpu", "bf16", "fp16", "report_to", "disable_tqdm", "dataloader_pin_memory")  # of the whole run
+FREE = {name for names in MAY_CHANGE.values() for name in names} | {"output_dir", "max_steps", "num_train_epochs"}
+
+
+@dataclass
+class Work:
+    """What all stages share.
+
+    Attributes:
+        recipe, training, model_args, given: The flags.
+        folder: `output_dir`.
+        base: Loaded once; without adapters between stages.
+        tokenizer, encoder: Of the base.
+        demonstrations: For SFT; None where an adapter takes its place.
+        preferences, test_pairs: Of the first round.
+        prompts, held_out: Of PPO; to be judged on.
+        show: Prints, in the main process.
+    """
+
+    recipe: Any
+    training: Any
+    model_args: Any
+    given: Any
+    folder: Path
+    base: Any
+    tokenizer: Any
+    encoder: Any
+    demonstrations: Dataset | None
+    preferences: Dataset
+    test_pairs: Dataset
+    prompts: Dataset
+    held_out: Dataset
+    show: Callable[..., Any]
+
+    @property
+    def in_world(self) -> bool:
+        """Whether this is the embedded world, where answers have a gold reward."""
+        return self.model_args.model_name_or_path is None
+
+    def round(self, number: int) -> Path:
+        """Folder of a round, from 1 on."""
+        return self.folder / f"round_{number}"
+
+
+# ---------------------------------------------------------------------- data, then the base
+
+
+def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Callable[..., Any]) -> Work:
+    """Read and check all data, then load the base.
+
+    Raises:
+        ValueError: Several processes, data that cannot be trained on, a configuration with a wrong key, or a prompt
+            that leaves no room.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import set_seed
+
+    from trl_ext.ppo.data import check_inputs
+    from trl_ext.roles import load_base, load_base_config, max_positions
+    from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer
+
+    if PartialState().num_processes > 1:
+        raise ValueError("trl-ext rlhf runs in one process. On several devices run its stages one by one.")
+    set_seed(training.seed)
+    reward_arguments(recipe.reward_config, output_dir="unused")
+    if recipe.policy_adapter is None:
+        sft_arguments(recipe.sft_config, training, Path("unused"))
+    if model_args.model_name_or_path is None:
+        name, data = _world(recipe, training, show)
+        tokenizer = load_tokenizer(name)
+        encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, load_generation_config(name)))
+    else:
+        name = str(model_args.model_name_or_path)
+        tokenizer = tokenizer_of(model_args, training, truncation_side="left", padding_side="left")
+        ends = end_token_ids(tokenizer, load_generation_config(name))
+        encoder = TextEncoder(tokenizer, ends, training.chat_template_kwargs)
+        data = _own_data(recipe, training, encoder, show)
+    demonstrations, preferences, test_pairs, prompts, held_out = data
+    config = load_base_config(name, **config_options(model_args, training))
+    check_inputs(training, encoder, max_positions(config), prompts, held_out, None, scored=True)
+    training.choose_optim(quantised=model_args.load_in_4bit or model_args.load_in_8bit)
+    in_world = model_args.model_name_or_path is None
+    base = load_base(name, dtype="float32") if in_world else load_causal_base(model_args, training)
+    parts = (recipe, training, model_args, given, Path(str(training.output_dir)), base, tokenizer, encoder)
+    return Work(*parts, demonstrations, preferences, test_pairs, prompts, held_out, show)
+
+
+def _own_data(recipe: Any, training: Any, encoder: Any, show: Callable[..., Any]) -> tuple[Any, ...]:
+    demonstrations = None
+    if recipe.sft_dataset is not None:
+        demonstrations = load_split(recipe.sft_dataset, "train")
+        check_demonstrations(demonstrations, recipe.sft_dataset)
+    named = PreferenceArguments(
+        dataset_name=recipe.preferences,
+        dataset_format=recipe.preferences_format,
+        dataset_test_name=recipe.preferences_test,
+    )
+    preferences, test_pairs = load_preference_splits(named, training.seed, show)
+    if "chosen" not in preferences.column_names:
+        raise ValueError(f"--preferences {recipe.preferences}: rankings; this recipe labels and trains on pairs.")
+    rows: tuple[Any, Any] = (preferences, test_pairs)
+    if recipe.prompts is not None:
+        rows = load_prompts(PromptArguments(recipe.prompts, dataset_test_name=recipe.prompts_test), show)
+    prompts, held_out = (prompts_of(each, encoder, recipe.max_prompt_length) for each in rows)
+    return demonstrations, preferences, test_pairs, prompts, held_out
+
+
+def check_demonstrations(dataset: Any, name: str) -> None:
+    """Check that TRL's SFTTrainer can learn from the rows.
+
+    Raises:
+        ValueError: No rows, or none of its columns.
+    """
+    columns = set(dataset.column_names)
+    if not len(dataset) or not ({"prompt", "completion"} <= columns or columns & {"messages", "text"}):
+        raise ValueError(
+            f"--sft_dataset {name} has {len(dataset):,} rows with the columns {sorted(columns)}: it needs prompt and "
+            "completion, or messages, or text."
+        )
+
+
+def _world(recipe: Any, training: Any, show: Callable[..., Any]) -> tuple[str, tuple[Any, ...]]:
+    """The folder of the embedded world's base, and its data."""
+    from trl_ext.toy import build_base
+    from trl_ext.toy.task import demonstrations, preference_pairs, sample_prompts
+
+    seed = training.seed if recipe.world_seed is None else recipe.world_seed
+    folder = Path(str(training.output_dir)) / "world"
+    show(f"No --model_name_or_path, so this is the embedded world, in {folder}.", flush=True)
+    base = build_base(folder, seed, scale=recipe.world_scale)
+    count = max(64, round(WORLD_DEMONSTRATIONS * min(1.0, recipe.world_scale)))
+    told = Dataset.from_list(demonstrations(count, random.Random(f"rlhf-demonstrations-{seed}")))
+    pairs = preference_pairs(recipe.world_pairs, random.Random(f"rlhf-preferences-{seed}"))
+    test = preference_pairs(WORLD_TEST_PAIRS, random.Random(f"rlhf-test-{seed}"), temperature=0, split="eval")
+    sets = (Dataset.from_list(convert_rows(rows)[0].to_list()) for rows in (pairs, test))
+    prompts = (sample_prompts(n, random.Random(f"rlhf-{s}-{seed}"), s) for s, n in (("train", 4096), ("eval", 512)))
+    return str(base), (told, *sets, *(Dataset.from_dict({"prompt": each}) for each in prompts))
+
+
+# ---------------------------------------------------------------------- a stage is done once
+
+
+def done(folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a stage is there, made of the same.
+
+    Args:
+        folder: Of the stage.
+        facts: What it hangs on.
+
+    Raises:
+        ValueError: It is there, made of something else; names what.
+    """
+    path = folder / STAGE
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(facts, default=str))
+    differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    if differing:
+        raise ValueError(
+            f"{folder} was made with other settings ({', '.join(differing)}): give those of then, name another "
+            "--output_dir, or remove this folder and those of later rounds."
+        )
+    return True
+
+
+def finish(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write down that a stage is done, last of all."""
+    write_json(folder / STAGE, json.loads(json.dumps(facts, default=str)))
+
+
+def digest(folder: Path) -> str:
+    """Of the weights of an adapter; of one on the Hub its id."""
+    path = folder / WEIGHTS_FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(folder)
+
+
+def model_facts(work: Work) -> dict[str, Any]:
+    """What every stage hangs on: the base, and the flags that shape adapters."""
+    args = work.model_args
+    names = ("model_name_or_path", "model_revision", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha")
+    return {name: getattr(args, name) for name in names} | {"seed": work.training.seed}
+
+
+@contextlib.contextmanager
+def lent(base: Any) -> Iterator[None]:
+    """The base in a trainer's hands; afterwards it computes as before.
+
+    TRL's trainers replace its `forward` by one with a fused LM head, which the next one would wrap once more.
+    """
+    own = base.__dict__.get("forward")
+    yield
+    base.__dict__.pop("forward", None)
+    if own is not None:
+        base.forward = own
+    base.gradient_checkpointing_disable()
+    if hasattr(base, "_require_grads_hook"):
+        base.disable_input_require_grads()
+    base.requires_grad_(False)
+
+
+def machine_of(training: Any) -> dict[str, Any]:
+    """Fields that all trainings of the run share."""
+    return {name: getattr(training, name) for name in MACHINE}
+
+
+# ---------------------------------------------------------------------- 1. SFT
+
+
+def sft_arguments(path: str, training: Any, folder: Path) -> Any:
+    """`SFTConfig` of a yaml file, with the machine's part of the run's.
+
+    Raises:
+        ValueError: A key that there is not, or a value that it refuses.
+    """
+    from trl import SFTConfig
+
+    options = read_config(path, "--sft_config")
+    known = {f.name for f in fields(SFTConfig) if f.init}
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{key} in {path}: no such option of SFTConfig.")
+    options.setdefault("gradient_checkpointing", training.gradient_checkpointing)
+    return SFTConfig(**options | machine_of(training) | {"output_dir": str(folder), "seed": training.seed})
+
+
+def run_sft(work: Work) -> Path:
+    """Stage 1: the folder of the SFT adapter."""
+    from accelerate.utils import set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import SFTTrainer
+
+    from trl_ext.roles import lora_config
+
+    if work.recipe.policy_adapter is not None:
+        return Path(work.recipe.policy_adapter)
+    folder = work.folder / "sft"
+    facts = model_facts(work) | {"options": read_config(work.recipe.sft_config, "--sft_config")}
+    facts |= data_facts("sft_dataset", work.demonstrations)
+    if done(folder, facts):
+        work.show("SFT is there.")
+        return folder
+    work.show(f"SFT on {len(work.demonstrations or ()):,} demonstrations ...", flush=True)
+    set_seed(work.training.seed)
+    with lent(work.base):
+        trainer: Any = SFTTrainer(
+            model=work.base,
+            args=sft_arguments(work.recipe.sft_config, work.training, folder),
+            train_dataset=work.demonstrations,
+            processing_class=work.tokenizer,
+            peft_config=fresh_adapter(work.given, work.model_args) or lora_config("CAUSAL_LM"),
+        )
+        for parameter in trainer.model.parameters():  # on a 4-bit base TRL makes adapters bfloat16
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        show_progress(trainer, {"loss": "loss"})
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        trainer.model.save_pretrained(str(folder))
+        trainer.model.unload()
+    finish(folder, facts)
+    return folder
+
+
+# ---------------------------------------------------------------------- 2. reward models
+
+
+def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Sequence[Path]) -> list[Path]:
+    """Stage 2 of a round: the folders of its reward models, which go on from those of the round before.
+
+    Args:
+        work: What is shared.
+        number: Of the round.
+        sets: Name -> preferences.
+        starts: Reward models of the round before; none: fresh ones.
+    """
+    from trl_ext import RewardModelTrainer
+
+    folder, path = work.round(number) / "reward", work.recipe.reward_config
+    preferences = join_datasets(sets)
+    facts = model_facts(work) | {"options": read_config(path, "--reward_config"), "members": work.recipe.members}
+    facts |= data_facts("preferences", preferences) | {"starts": [digest(each) for each in starts]}
+    members = [folder / f"member_{k + 1}" for k in range(work.recipe.members)]
+    if done(folder, facts) and all(map(is_trained, members)):
+        work.show(f"Round {number}: reward models are there.")
+        return members
+    work.show(f"Round {number}: {len(members)} reward models on {len(preferences):,} pairs ...", flush=True)
+    seed = work.training.seed + 1000 * (number - 1)
+    args = reward_arguments(path, **machine_of(work.training) | {"output_dir": str(folder), "seed": seed})
+    model = fresh_reward_model(work.base, work.model_args)
+
+    def make_trainer(model: Any, args: Any) -> Any:
+        trainer = RewardModelTrainer(model, args, preferences, work.test_pairs, processing_class=work.tokenizer)
+        show_progress(trainer, {"loss": "loss", "accuracy": "accuracy"})
+        return trainer
+
+    accuracies = []
+    for trainer in train_ensemble(model, args, [seed + k for k in range(len(members))], make_trainer, starts):
+        accuracies.append(float(trainer.evaluate_pairs()["accuracy"]))
+        work.show(f"reward model {len(accuracies)}: test accuracy {accuracies[-1]:.3f}")
+        trainer.save_model()
+    model.unload()
+    work.base.gradient_checkpointing_disable()
+    work.base.requires_grad_(False)
+    write_json(folder / "accuracy.json", accuracies)
+    finish(folder, facts)
+    return members
+
+
+# ---------------------------------------------------------------------- 3. PPO-Max
+
+
+def paying(rewards: Sequence[Path]) -> list[Path]:
+    """The reward models that PPO has: all but the last one, which judges; a single one pays, and nothing judges."""
+    return list(rewards[:-1] or rewards)
+
+
+def run_ppo(work: Work, number: int, start: Path, critic: Path | None, rewards: Sequence[Path]) -> Path:
+    """Stage 3 of a round: the folder of the tuned policy.
+
+    Args:
+        work: What is shared.
+        number: Of the round.
+        start: Policy adapter that it begins at, and stays near.
+        critic: Of the round before; None: from the first reward model.
+        rewards: Members; the last one is kept for judging.
+    """
+    from accelerate.utils import set_seed
+
+    from trl_ext import PPOMaxTrainer, SharedBaseModel
+    from trl_ext.roles import read_adapter
+    from trl_ext.runs import RunStoppedError
+    from trl_ext.toy import gold_reward
+
+    folder, args = work.round(number) / "ppo", copy.deepcopy(work.training)
+    args.output_dir, args.seed = str(folder), work.training.seed + number - 1
+    length = {name: getattr(args, name) for name in ("max_steps", "num_train_epochs")}
+    options = {name: getattr(args, name) for name in work.given if hasattr(args, name) and name not in FREE}
+    paid = paying(rewards)
+    adapters = [start, *paid, *([critic] if critic else [])]
+    facts = model_facts(work) | {"options": options | length, "adapters": [digest(each) for each in adapters]}
+    facts |= data_facts("prompts", work.prompts)
+    if done(folder, facts):
+        work.show(f"Round {number}: the policy is there.")
+        return folder
+    work.show(f"Round {number}: PPO-Max ...", flush=True)
+    set_seed(args.seed)
+    members = [read_adapter(each, "reward_adapter") for each in paid]
+    begun = None if critic is None else read_adapter(critic, "critic_adapter")
+    functions: list[Any] = [gold_reward] if work.in_world else []
+    args.reward_weights = [0.0] if work.in_world else None
+    with lent(work.base):
+        model = SharedBaseModel(work.base, read_adapter(start, "policy_adapter"), members, begun)
+        trainer = PPOMaxTrainer(
+            model,
+            functions,
+            args=args,
+            train_dataset=work.prompts,
+            eval_dataset=work.held_out if args.eval_strategy != "no" else None,
+            processing_class=work.tokenizer,
+        )
+        shown = {"reward": "reward", "rewards/gold_reward/mean": "gold", "kl": "kl"}
+        show_progress(trainer, shown | {"explained_variance": "critic"})
+        try:
+            trainer.train(resume_from_checkpoint=trainer.own_checkpoint())
+        except RunStoppedError as error:  # with a sound policy
+            work.show(f"Round {number}: PPO-Max has ended before its last step: {error}")
+        trainer.save_model()
+        trainer.model.unload()
+    finish(folder, facts)
+    return folder
