@@ -11,11 +11,11 @@ from rich.text import Text
 from trl_ext.text import message_text
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on the console. Square brackets and colons in its texts are no markup."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> None:
+    """A table on the console, its columns but the first `numbers`. Brackets and colons in its texts are no markup."""
     table = Table(title=Text(title, style="bold"), title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(Text(column), justify="right" if numbers and i else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)
@@ -24,7 +24,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def print_pairs(prompts: Sequence[Any], first: Sequence[str], second: Sequence[str], what: str) -> None:
     """What was written before and after, side by side, a table for each prompt; `what` names a text."""
     for prompt, old, new in zip(prompts, first, second, strict=True):
-        print_table(f"prompt: {last_text(prompt)}", ("", what), [("before", old), ("after", new)])
+        print_table(f"prompt: {last_text(prompt)}", ("", what), [("before", old), ("after", new)], numbers=False)
 
 
 def last_text(prompt: Any) -> str:
