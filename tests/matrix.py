@@ -16,6 +16,7 @@ import sys
 import tempfile
 import tomllib
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,21 +39,25 @@ def lowest_bounds(requirements: list[str]) -> list[str]:
     return found
 
 
-def constraints_of(name: str) -> list[str]:
-    """Lines of the constraints file of a set."""
+def constraints_of(name: str, more: Sequence[str] = ()) -> list[str]:
+    """Lines of the constraints file of a set; `more` are `name==version`, which take the place of the set's own."""
+    lines = []
     if name == "lowest":
-        return lowest_bounds(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
-    return (ROOT / "constraints.txt").read_text().splitlines() if name == "pinned" else []
+        lines = lowest_bounds(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    elif name == "pinned":
+        lines = (ROOT / "constraints.txt").read_text().splitlines()
+    replaced = {line.partition("==")[0] for line in more}
+    return [*(line for line in lines if line.partition("==")[0] not in replaced), *more]
 
 
-def make_environment(name: str, folder: Path) -> Path:
+def make_environment(name: str, folder: Path, more: Sequence[str] = ()) -> Path:
     """The python of the set's environment, made where it is not there. torch comes first, as in .ci/run."""
     python = folder / name / ("Scripts" if os.name == "nt" else "bin") / "python"
     done = folder / name / "whole"
     if not done.exists():
         venv.create(folder / name, with_pip=True, clear=True)
         constraints = folder / f"{name}.txt"
-        constraints.write_text("\n".join(constraints_of(name)) + "\n", encoding="utf-8")
+        constraints.write_text("\n".join(constraints_of(name, more)) + "\n", encoding="utf-8")
         pip = [str(python), "-m", "pip", "install", "--quiet", "-c", str(constraints)]
         subprocess.run([*pip, "torch"], check=True)
         subprocess.run([*pip, "-e", f"{ROOT}[test]"], check=True)
@@ -62,11 +67,11 @@ def make_environment(name: str, folder: Path) -> Path:
     return python
 
 
-def run_set(name: str, folder: Path, pytest: list[str]) -> bool:
+def run_set(name: str, folder: Path, pytest: list[str], more: Sequence[str] = ()) -> bool:
     """Whether the suite passes with a set; its versions and pytest's report are printed."""
     print(f"=== {name}", flush=True)
     try:
-        python = make_environment(name, folder)
+        python = make_environment(name, folder, more)
     except subprocess.CalledProcessError as error:
         print(f"{name}: the environment cannot be made: {error}", flush=True)
         return False
@@ -81,6 +86,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", default=list(SETS), metavar="SET", help=f"{', '.join((*SETS, 'main'))}")
     parser.add_argument("--folder", type=Path, help="where environments go, and are found again; default: a new one")
+    parser.add_argument(
+        "--with",
+        dest="more",
+        action="append",
+        default=[],
+        metavar="NAME==VERSION",
+        help="a version that every set gets, as torch==2.13.0 where the index has one CPU build; may be repeated",
+    )
     own, pytest = sys.argv[1:], []
     if "--" in own:
         own, pytest = own[: own.index("--")], own[own.index("--") + 1 :]
@@ -90,7 +103,7 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(unknown))}: sets are {', '.join((*SETS, 'main'))}.")
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="trl_ext-matrix-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    passed = {name: run_set(name, folder, pytest) for name in options.sets}
+    passed = {name: run_set(name, folder, pytest, options.more) for name in options.sets}
     print("\n".join(f"{name:8}{'passed' if ok else 'FAILED'}" for name, ok in passed.items()))
     raise SystemExit(0 if all(passed.values()) else 1)
 

@@ -18,7 +18,7 @@ MAX_LINES = 420
 
 # Folder, or file directly in trl_ext -> those of trl_ext that it may import (a folder its own files always).
 BELOW_METHODS = {"ops", "roles", "text", "scoring", "generation", "fields", "runs", "checkpoints", "report", "data"}
-BELOW_METHODS |= {"engines", "run_identity", "training"}
+BELOW_METHODS |= {"engines", "run_identity", "training", "token_rewards"}
 ALLOWED = {
     "ops": set(),
     "fields": set(),
@@ -31,8 +31,9 @@ ALLOWED = {
     "roles": {"ops"},
     "text": set(),
     "generation": {"ops", "roles", "text", "fields"},
-    "sources": {"text"},
-    "scoring": {"ops", "roles", "text", "sources"},
+    "token_rewards": set(),
+    "sources": {"text", "token_rewards"},
+    "scoring": {"ops", "roles", "text", "sources", "token_rewards"},
     "report": {"ops", "roles", "text", "generation", "scoring", "checkpoints", "run_identity"},
     "data": {"ops", "text"},
     "toy": {"ops", "roles", "data"},

@@ -108,7 +108,8 @@ def test_what_is_missing_is_said_before_anything_is_loaded(arguments: list[str],
 
 
 def test_every_config_file_parses_and_has_a_header(repo_root: Path) -> None:
-    paths = sorted((repo_root / "trl_ext" / "configs").glob("*.yaml"))
+    folder = repo_root / "trl_ext" / "configs"
+    paths = sorted([*folder.glob("*.yaml"), *folder.glob("presets/*.yaml")])
     assert paths
     for path in paths:
         command = re.search(r"^# .*trl-ext ([\w-]+)", path.read_text(), flags=re.M)

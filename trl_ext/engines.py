@@ -90,7 +90,7 @@ def check_engine(accelerator: Any, model: nn.Module, optim: Any = None, unsplit:
     }
     for name, (bad, reason) in refused.items():
         if bad:
-            raise ValueError(f"FSDP: {name}: {reason}. See docs/scale.md.")
+            raise ValueError(f"FSDP: {name}: {reason}. The documentation says more: scale.")
     name = str(getattr(optim, "value", optim))
     if any(part in name for part in ("8bit", "bnb", "paged", "ademamix")):
         raise ValueError(
@@ -102,7 +102,7 @@ def check_engine(accelerator: Any, model: nn.Module, optim: Any = None, unsplit:
         raise ValueError(
             f"FSDP: {len(packed)} weights in 4 or 8 bits are stored as {packed[0].dtype}, which is not split: every "
             "card would hold all of them. Load the base with bnb_4bit_quant_storage equal to its dtype "
-            "(BitsAndBytesConfig), bfloat16 for most. See docs/scale.md."
+            "(BitsAndBytesConfig), bfloat16 for most. The documentation says more: scale."
         )
 
 

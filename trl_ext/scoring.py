@@ -12,6 +12,7 @@ from trl_ext.ops.packing import pack
 from trl_ext.roles import Role, SharedBaseModel, max_positions
 from trl_ext.sources import ClassifierReward, RewardFunction, RewardSource, RewardSources, checked_reward
 from trl_ext.text import Prompt, TextEncoder, end_token_ids
+from trl_ext.token_rewards import PlacedReward, paying_tokens, sentence_ends
 
 __all__ = [
     "AnsweredPrompt",
@@ -22,6 +23,8 @@ __all__ = [
     "RewardSources",
     "checked_reward",
     "combine",
+    "placed_by_functions",
+    "placed_by_role",
     "role_scores",
 ]
 
@@ -87,6 +90,104 @@ def role_scores(
         )
     scores, uncertainty = combine_scores(members, ensemble, ensemble_coef, ensemble_weights)
     return scores, uncertainty if members.shape[1] > 1 else None
+
+
+@torch.no_grad()
+def placed_by_role(
+    model: SharedBaseModel,
+    encoder: TextEncoder,
+    prompt_ids: Sequence[Sequence[int]],
+    response_ids: Sequence[Sequence[int]],
+    pays: str,
+    *,
+    max_tokens: int | None = None,
+    ensemble: str = "mean",
+    ensemble_coef: float = 0.5,
+) -> Tensor:
+    """What the reward role's score has gained at the end of each token or sentence but the last one.
+
+        placed_t = s(prompt, y_1 .. y_t) - s(prompt, y_1 .. y_u)        u the end before t, or 0: the prompt alone
+
+    The role's score is a potential: what is paid on the way is taken off the end, so that a response gets its whole
+    score in all, and no policy is better than before (Ng, Harada and Russell 1999, "Policy Invariance Under Reward
+    Transformations"). What a chat template writes behind the end token is read for the whole score only.
+
+    Args:
+        model, encoder, prompt_ids, response_ids, max_tokens, ensemble, ensemble_coef: See `role_scores`.
+        pays: "sentence" or "token".
+
+    Returns:
+        (B, T) float32 on the model's device, T the longest response; 0 on the last token of each.
+
+    Raises:
+        ValueError: A score that is not finite.
+    """
+    width = max(map(len, response_ids))
+    rows = [[*prompt, *response] for prompt, response in zip(prompt_ids, response_ids, strict=True)]
+    starts = [[len(prompt)] for prompt in prompt_ids]
+    parts = pack([[row] for row in rows], starts, encoder.pad_id, share=False, max_tokens=max_tokens)
+    training = model.training
+    model.eval()
+    try:
+        members = model.score_response_tokens([part.to(model.input_device) for part in parts], (len(rows), width))
+    finally:
+        model.train(training)
+    if not members.isfinite().all():
+        raise ValueError("the reward role's score of a beginning is not finite: look for NaN in its adapter.")
+    before = combine_scores(members.flatten(0, 1), ensemble, ensemble_coef)[0].view(len(rows), width)
+    placed = torch.zeros_like(before)
+    for i, ids in enumerate(response_ids):
+        inner = list(range(1, len(ids)))  # numbers of tokens after which there is another one
+        if pays == "sentence":
+            ends = sentence_ends(_text_of(encoder, ids))
+            inner = sorted({n for n in (k + 1 for k in _paying(encoder, ids, ends)) if n < len(ids)})
+        if inner:
+            scores = before[i, [0, *inner]]
+            placed[i, [n - 1 for n in inner]] = scores[1:] - scores[:-1]
+    return placed
+
+
+def placed_by_functions(
+    encoder: TextEncoder,
+    response_ids: Sequence[Sequence[int]],
+    placed: Sequence[Sequence[PlacedReward | None] | None],
+    weights: Sequence[float],
+) -> Tensor | None:
+    """What reward functions gave to parts of responses, weighted, on the tokens that are paid.
+
+    Args:
+        encoder: Of the model's tokenizer.
+        response_ids: B responses through their end tokens.
+        placed: For each function, what `RewardSources.take_placed` gave.
+        weights: One for each function.
+
+    Returns:
+        (B, T) float32, T the longest response; None where no function gave anything to a part.
+
+    Raises:
+        ValueError: A place in a text that its tokens do not decode to.
+    """
+    if not any(placed):
+        return None
+    paid = torch.zeros(len(response_ids), max(map(len, response_ids)), dtype=torch.float64)
+    for given, weight in zip(placed, weights, strict=True):
+        for i, reward in enumerate(given or ()):
+            if reward is None:
+                continue
+            ends = [end for end, _ in reward.characters]
+            tokens = zip(_paying(encoder, response_ids[i], ends), (r for _, r in reward.characters), strict=True)
+            for token, number in (*reward.tokens, *tokens):
+                paid[i, token] += weight * number
+    return paid.float()
+
+
+def _text_of(encoder: TextEncoder, ids: Sequence[int]) -> str:
+    """As reward functions get it."""
+    return str(encoder.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _paying(encoder: TextEncoder, ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    return paying_tokens(lambda some: _text_of(encoder, some), ids, ends) if ends else []
 
 
 def combine(per_function: Tensor, weights: Tensor, role: Tensor | None, role_weight: float) -> Tensor:

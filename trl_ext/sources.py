@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ext.text import Prompt, TextEncoder
+from trl_ext.text import Prompt, TextEncoder, message_text
+from trl_ext.token_rewards import FORMS, PlacedReward, read_reward
 
 LOAD_OPTIONS = ("dtype", "attn_implementation", "trust_remote_code")
 
@@ -28,8 +29,9 @@ class RewardSources:
     """Reward functions and classifiers, as functions that are checked at every call, with weights and unique names.
 
     Args:
-        sources: Functions `f(prompts, completions, completion_ids, **columns)` with one number or None for each
-            completion, sync or async; sequence classifiers with one label or their ids; in a list or alone; None.
+        sources: Functions `f(prompts, completions, completion_ids, **columns)` with one number, None, or rewards of
+            parts (`token_rewards`) for each completion, sync or async; sequence classifiers with one label or their
+            ids; in a list or alone; None.
         weights: One for each. Default: 1 each.
         has_reward_role: Whether a reward role scores too: then there need not be a source.
         processing_classes: Tokenizers of the classifiers, one entry for each source (None: the classifier's own).
@@ -111,8 +113,16 @@ class RewardSources:
             with ThreadPoolExecutor(1) as thread:
                 for i, answer in zip(waiting, thread.submit(lambda: asyncio.run(wait())).result(), strict=True):
                     answers[i] = answer
+        self.take_placed()  # a sum is all that is wanted here
         rows = [[math.nan if reward is None else float(reward) for reward in answer] for answer in answers]
         return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(inputs["completions"])).T
+
+    def take_placed(self) -> list[list[PlacedReward | None] | None]:
+        """For each function what its last call gave to parts of completions, once; None where it gave numbers alone."""
+        taken = [function.placed for function in self.functions]  # type: ignore[attr-defined]
+        for function in self.functions:
+            function.placed = None  # type: ignore[attr-defined]
+        return taken
 
 
 def _name(source: Any) -> str:
@@ -141,11 +151,12 @@ def checked_reward(function: RewardFunction, name: str | None = None) -> RewardF
         name: What logs and errors call it. Default: its own.
 
     Returns:
-        A function whose result is a list with one number, or None where it does not apply, for each completion.
+        A function whose result is a list with one number, or None where it does not apply, for each completion: the
+        sum of what its parts got. The parts of its last call are its attribute `placed`.
 
     Raises (from the returned function):
-        ValueError: Something that is no list of numbers, another number of rewards, or one that is NaN, infinite or no
-            number; with the function's name, the sample and its completion.
+        ValueError: Something that is no list of rewards, another number of them, or one that is NaN, infinite, of
+            another length than its completion or no reward; with the function's name, the sample and its completion.
         TypeError: The function does not take what it is given.
     """
     own: Any = function
@@ -161,16 +172,18 @@ def checked_reward(function: RewardFunction, name: str | None = None) -> RewardF
 
         @functools.wraps(function, updated=())
         async def checked_async(*args: Any, **kwargs: Any) -> Any:
-            return _checked(called, await call(*args, **kwargs), kwargs["completions"])
+            rewards, checked_async.placed = _checked(called, await call(*args, **kwargs), kwargs)  # type: ignore
+            return rewards
 
-        checked_async.__name__ = called
+        checked_async.__name__, checked_async.placed = called, None  # type: ignore[attr-defined]
         return checked_async
 
     @functools.wraps(function, updated=())
     def checked(*args: Any, **kwargs: Any) -> Any:
-        return _checked(called, call(*args, **kwargs), kwargs["completions"])
+        rewards, checked.placed = _checked(called, call(*args, **kwargs), kwargs)  # type: ignore[attr-defined]
+        return rewards
 
-    checked.__name__ = called
+    checked.__name__, checked.placed = called, None  # type: ignore[attr-defined]
     return checked
 
 
@@ -188,7 +201,11 @@ def _check_signature(function: RewardFunction, name: str, args: tuple[Any, ...],
         ) from error
 
 
-def _checked(name: str, rewards: Any, completions: list[Any]) -> list[float | None]:
+def _checked(
+    name: str, rewards: Any, given: Mapping[str, Any]
+) -> tuple[list[float | None], list[PlacedReward | None] | None]:
+    """A number or None for each completion, and what its parts got; None where no completion has such parts."""
+    completions: list[Any] = given["completions"]
     if hasattr(rewards, "tolist"):
         rewards = rewards.tolist()
     if isinstance(rewards, str | bytes | dict) or not hasattr(rewards, "__iter__"):
@@ -202,19 +219,21 @@ def _checked(name: str, rewards: Any, completions: list[Any]) -> list[float | No
             f"reward function {name!r} returned {len(values)} rewards for {len(completions)} completions: return "
             "exactly one per completion."
         )
+    ids = given.get("completion_ids")
+    placed: list[PlacedReward | None] = [None] * len(values)
     for i, value in enumerate(values):
         if value is None:
             continue
         try:
-            finite = not isinstance(value, str | bytes) and math.isfinite(value)
-        except (TypeError, ValueError, OverflowError):
-            finite = False
-        if not finite:
+            read = read_reward(value, None if ids is None else len(ids[i]), len(message_text(completions[i])))
+        except ValueError as error:
             raise ValueError(
-                f"reward function {name!r} returned {value!r} for sample {i}, completion {completions[i]!r}. Return a "
-                "finite number, or None where the reward does not apply."
-            )
-    return values
+                f"reward function {name!r} returned {value!r} for sample {i}, completion {completions[i]!r}: {error}. "
+                f"{FORMS[0].upper()}{FORMS[1:]}."
+            ) from error
+        if isinstance(read, PlacedReward):
+            values[i], placed[i] = read.total, read
+    return values, None if not any(placed) else placed
 
 
 class ClassifierReward:

@@ -69,8 +69,12 @@ class RoleTrainer(Trainer):
     recorder: RunRecorder
     dataset_name: str | None = None  # of the training data, for the card
     _card: Callable[..., str]  # the card as text; its arguments are those of `create_model_card`
+    coming: Any = None  # `of(iterator)` gives the batches of an epoch in the iterator's place
     save_beside: Callable[[Path], None] | None = None  # what else a checkpoint holds; its state is still its last file
     _name: str  # of the method
+    # Every method's loss is a mean over its micro-batch, which `Trainer` averages over those of a step. TRL says so of
+    # its own trainers since 1.15.
+    loss_is_scaled_for_ga: Any = False
 
     def add_run_callbacks(
         self,
@@ -151,6 +155,8 @@ class RoleTrainer(Trainer):
         """The batches of one optimizer step; none once the run has all its steps, as when a finished one is resumed."""
         if self.state.global_step >= self.state.max_steps:
             return [], None
+        if self.coming is not None:
+            epoch_iterator = self.coming.of(epoch_iterator)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -137,7 +137,7 @@ def test_a_request_that_takes_too_long_is_an_error_that_names_the_option(server)
 def test_no_server_is_an_error_that_says_how_to_start_one():
     with StandIn() as gone:
         pass
-    with pytest.raises(VLLMError, match=r"did not answer for 0.1 s \(ConnectionError\).*recipes/vllm_serve.py"):
+    with pytest.raises(VLLMError, match=r"did not answer for 0.1 s \(ConnectionError\).*trl-ext vllm-serve"):
         client(gone, wait=0.1).wait_until_healthy()
 
 

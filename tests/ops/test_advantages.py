@@ -1,9 +1,11 @@
 """Generalised advantage estimation: hand numbers, its two ends, and ragged rows."""
 
+import math
+
 import pytest
 import torch
 
-from trl_ext.ops.advantages import gae
+from trl_ext.ops.advantages import gae, gae_over_actions, length_adaptive_lambda
 
 NAN, INF = float("nan"), float("inf")
 REWARDS = torch.tensor([[1.0, 0.0, 2.0], [-1.0, NAN, INF]])
@@ -74,3 +76,49 @@ def test_errors():
         gae(REWARDS, VALUES, MASK, 1.0, -0.1)
     with pytest.raises(ValueError, match="prefix"):
         gae(REWARDS, VALUES, torch.tensor([[1, 1, 1], [0, 1, 0]]), 1.0, 0.95)
+
+
+def test_length_adaptive_lambda_by_hand_at_four_lengths():
+    """1 - 1 / (0.05 l): 0.8 at 100, 0.9 at 200, 0.99 at 2,000; where it would be negative, 0."""
+    found = length_adaptive_lambda(torch.tensor([100, 200, 2000, 10]), alpha=0.05)
+    torch.testing.assert_close(found, torch.tensor([0.8, 0.9, 0.99, 0.0]))
+
+
+def test_the_weights_of_the_differences_sum_to_a_share_of_the_response():
+    """What the formula is made for: sum_k lambda^k = 1 / (1 - lambda) = alpha l."""
+    lengths = torch.tensor([100, 400, 1000])
+    torch.testing.assert_close(1 / (1 - length_adaptive_lambda(lengths, 0.1)), 0.1 * lengths, rtol=1e-3, atol=0)
+
+
+def test_a_lambda_for_each_response_is_that_of_each_alone():
+    generator = torch.Generator().manual_seed(3)
+    rewards, values = torch.randn(2, 3, 6, generator=generator)
+    mask = torch.arange(6) < torch.tensor([[6], [4], [1]])
+    lams = torch.tensor([0.0, 0.5, 1.0])
+    advantages, returns = gae(rewards, values, mask, 0.9, lams)
+    for i, lam in enumerate(lams.tolist()):
+        alone = gae(rewards[i : i + 1], values[i : i + 1], mask[i : i + 1], 0.9, lam)
+        torch.testing.assert_close((advantages[i : i + 1], returns[i : i + 1]), alone)
+
+
+@pytest.mark.parametrize("lam", [torch.tensor([0.5]), torch.tensor([0.5, 1.5]), torch.tensor([0.5, math.nan])])
+def test_a_lambda_for_each_response_is_checked(lam):
+    with pytest.raises(ValueError, match="lam must be"):
+        gae(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), 1.0, lam)
+
+
+def test_gaps_are_skipped_by_hand():
+    """gamma 0.5, lam 0.5; actions at 0, 1 and 3, so that the first row is that of `test_by_hand` with a gap in it."""
+    rewards = torch.tensor([[1.0, 0.0, 9.0, 2.0], [NAN, INF, -1.0, 7.0]])
+    values = torch.tensor([[0.5, 1.0, NAN, 1.5], [3.0, 3.0, 2.0, INF]])
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]])
+    advantages, returns = gae_over_actions(rewards, values, mask, 0.5, 0.5)
+    assert advantages.tolist() == [[0.96875, -0.125, 0.0, 0.5], [0.0, 0.0, -3.0, 0.0]]
+    assert returns.tolist() == [[1.46875, 0.875, 0.0, 2.0], [0.0, 0.0, -1.0, 0.0]]
+
+
+def test_without_gaps_it_is_gae():
+    for found, expected in zip(
+        gae_over_actions(REWARDS, VALUES, MASK, 0.5, 0.5), gae(REWARDS, VALUES, MASK, 0.5, 0.5), strict=True
+    ):
+        assert torch.equal(found, expected)

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from trl_ext.ppo.losses import explained_variance, kl_penalty_loss, policy_loss, value_loss
+from trl_ext.ppo.losses import (
+    best_answers_loss,
+    dis_loss,
+    explained_variance,
+    kl_penalty_loss,
+    policy_loss,
+    value_loss,
+)
 
 NAN, INF = float("nan"), float("inf")
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -243,3 +250,58 @@ def test_errors():
             policy_loss(LOGPS, OLD_LOGPS, ADVANTAGES, MASK, low, high)
     with pytest.raises(ValueError, match="clip_range"):
         value_loss(VALUES, OLD_VALUES, RETURNS, MASK, -0.2)
+
+
+# ---------------------------------------------------------------------- DIS, and the likelihood of the best
+
+
+def test_dis_gradient_by_hand():
+    """d loss / d logp = -A r / n inside [1 - 0.2, 1 + 0.5], 0 outside, whatever the sign of A; n = 4 tokens.
+
+    Ratio 1.25, A = 2: -2.5 / 4. Ratio 0.5, A = 1: outside, where the clip would pull the token back up: 0. Ratio 2,
+    A = -1: outside, where the clip would push it down: 0. Ratio 1, A = 3: -3 / 4.
+    """
+    logps = (log_ratio(1.25, 0.5, 2.0) + GARBAGE).requires_grad_()
+    advantages = torch.tensor([[2.0, 1.0, -1.0], [3.0, NAN, INF]])
+    loss, stats = dis_loss(logps, torch.zeros(2, 3), advantages, MASK, 0.2, 0.5)
+    loss.backward()
+    torch.testing.assert_close(logps.grad, torch.tensor([[-2.5, 0.0, 0.0], [-3.0, 0.0, 0.0]]) / 4)
+    assert loss.item() == pytest.approx((-2.5 - 3.0) / 4)
+    assert float(stats["clip_fraction"]) == 0.5
+    assert float(stats["ratio_max"]) == 2.0
+
+    clipped = logps.detach().clone().requires_grad_()
+    policy_loss(clipped, torch.zeros(2, 3), advantages, MASK, 0.2, 0.5)[0].backward()
+    torch.testing.assert_close(clipped.grad[0], torch.tensor([-2.5, -0.5, 2.0]) / 4)  # PPO keeps both
+
+
+def test_dis_counts_its_bounds_and_survives_an_infinite_ratio():
+    logps = torch.tensor([[math.log(0.75), math.log(1.5), 200.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    loss, stats = dis_loss(logps, torch.zeros(2, 3), torch.ones(2, 3), MASK, 0.25, 0.5)
+    loss.backward()
+    torch.testing.assert_close(logps.grad, torch.tensor([[-0.75, -1.5, 0.0], [-1.0, 0.0, 0.0]]) / 4)
+    assert float(stats["clip_fraction"]) == 0.25
+
+
+def test_dis_of_one_batch_is_the_sum_of_its_parts_and_nothing_of_an_empty_one():
+    logps, advantages = log_ratio(1.1, 0.9, 3.0), torch.ones(2, 3)
+    whole, _ = dis_loss(logps, torch.zeros(2, 3), advantages, MASK, 0.2, 0.2, num_tokens=4)
+    parts = [
+        dis_loss(logps[i : i + 1], torch.zeros(1, 3), advantages[:1], MASK[i : i + 1], 0.2, 0.2, num_tokens=4)[0]
+        for i in range(2)
+    ]
+    torch.testing.assert_close(whole, sum(parts))
+    assert float(dis_loss(logps, torch.zeros(2, 3), advantages, EMPTY, 0.2, 0.2)[0]) == 0.0
+    with pytest.raises(ValueError, match="clip_low"):
+        dis_loss(logps, logps, advantages, MASK, 1.5, 0.2)
+
+
+def test_likelihood_of_the_best_answers_by_hand():
+    """- (0.5 * (-1 - 2 - 3) + 0 * ...) = 3; the gradient of each token that counts is -0.5."""
+    logps = (torch.tensor([[-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]]) + GARBAGE).requires_grad_()
+    loss = best_answers_loss(logps, MASK, torch.tensor([0.5, 0.0]))
+    loss.backward()
+    assert loss.item() == 3.0
+    assert logps.grad.tolist() == [[-0.5, -0.5, -0.5], [0.0, 0.0, 0.0]]
+    with pytest.raises(ValueError, match=r"weights must be \(B,\)"):
+        best_answers_loss(logps, MASK, torch.ones(3))

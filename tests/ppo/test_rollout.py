@@ -172,9 +172,11 @@ def test_every_field_has_its_shape(model):
     shapes |= {"scores": (4,), "shaped_scores": (4,), "truncated": (4,), "prompt_ids": (4, 5), "prompt_mask": (4, 5)}
     assert rollout.uncertainty is None, "one reward adapter is no ensemble"
     assert rollout.sampler_logps is rollout.importance is None, "the model itself samples"
+    only_if_asked = {"placed", "best_weights", "action_mask"}
+    assert all(getattr(rollout, name) is None for name in only_if_asked)
     by_collect = {"baseline_is_critic", "uncertainty", "per_function", "role_scores", "prompts", "completions"}
     for field in fields(Rollout):
-        if field.name in by_collect | {"sampler_logps", "importance"}:
+        if field.name in by_collect | only_if_asked | {"sampler_logps", "importance"}:
             continue
         assert getattr(rollout, field.name).shape == shapes.get(field.name, (4, 4)), field.name
 

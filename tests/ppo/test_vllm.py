@@ -136,7 +136,7 @@ def test_a_restarted_server_gets_the_adapter_again_and_the_run_goes_on(world, tm
 def test_a_server_that_is_gone_ends_the_run_with_what_to_do(world, tmp_path, server):
     options = through(server, vllm_wait=0.1)
     trainer = tiny.trainer(world, tmp_path, callbacks=[Restart(server, again=False)], **options)
-    with pytest.raises(VLLMError, match=r"did not answer for 0.1 s.*recipes/vllm_serve.py"):
+    with pytest.raises(VLLMError, match=r"did not answer for 0.1 s.*trl-ext vllm-serve"):
         trainer.train()
 
 

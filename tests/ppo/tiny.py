@@ -135,6 +135,7 @@ def trainer(
 ) -> PPOMaxTrainer:
     """A trainer on all four roles, unless `model` says otherwise; `options` are those of the trainer or the config."""
     names = ("eval_dataset", "ptx_dataset", "peft_config", "processing_class", "callbacks", "reward_processing_classes")
+    names += ("rollout_func",)
     own = {name: options.pop(name) for name in names if name in options}
     return trainer_class(
         model=four_roles(world) if model is None else model,

@@ -210,3 +210,20 @@ def test_few_prompts_have_no_interval_and_perplexity_is_that_of_the_tokens():
 def test_numbers_are_short():
     numbers = (0, 0.25, 12345.6, 3e-5, -0.5, 1e9)
     assert [short(value) for value in numbers] == ["0", "0.25", "12,346", "3e-5", "-0.5", "1e9"]
+
+
+def test_the_page_of_a_reward_model_has_the_table_of_its_evaluation(tmp_path):
+    folder = write_run(tmp_path / "rm", steps=6, prompts=2)
+    (folder / "samples.jsonl").unlink()
+    info = json.loads((folder / "run.json").read_text()) | {"method": "Reward"}
+    (folder / "run.json").write_text(json.dumps(info))
+    assert "No evaluation of test pairs was written down." in render([load_run(folder)])
+    rows = [["accuracy", "0.712 ± 0.010"], [HOSTILE, "1"], "no row", ["one"]]
+    (folder / "run.json").write_text(json.dumps(info | {"evaluation": rows}))
+    reader = Reader(render([load_run(folder)]))
+    text = " ".join(" ".join(reader.texts).split())
+    assert "accuracy 0.712 ± 0.010" in text
+    assert "{{ 7*7 }}" in text
+    assert "On test pairs, after training." in text
+    assert "Evaluation" in reader.texts
+    assert "Before and after" not in reader.texts

@@ -1,5 +1,6 @@
 """RewardModelTrainer from the outside: its loss against TRL's, what it logs, keeps, resumes and publishes."""
 
+import json
 import math
 import re
 import shutil
@@ -338,7 +339,7 @@ def finished(base, tmp_path_factory):
     """A trained trainer that was evaluated and has saved its model."""
     folder = tmp_path_factory.mktemp("my-reward")
     held_out = runs.pairs(10, seed=3)
-    trainer = runs.trainer(base, folder, eval_dataset=held_out, lm_coef=0.25, max_steps=3)
+    trainer = runs.trainer(base, folder, eval_dataset=held_out, lm_coef=0.25, max_steps=3, write_report=True)
     trainer.train()
     trainer.evaluate_pairs()
     trainer.save_model()
@@ -356,6 +357,12 @@ def test_reference_responses_score_mean_zero_and_std_one_in_the_reward_role(fini
     assert finished.model.scale.count == 10
     plain = plain_scores(loaded(folder), texts(runs.pairs(10, seed=3), "chosen"))
     torch.testing.assert_close((plain - plain.mean()) / plain.std(), scores, rtol=0, atol=1e-4)
+
+
+def test_the_evaluation_is_in_run_json_and_on_the_page(finished):
+    folder = Path(finished.args.output_dir)
+    assert ["pairs", "10"] in json.loads((folder / "run.json").read_text())["evaluation"]
+    assert "On test pairs, after training." in (folder / "report.html").read_text()
 
 
 def test_the_scale_is_measured_on_what_was_asked_for(base, tmp_path):

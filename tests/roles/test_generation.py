@@ -149,8 +149,11 @@ def test_an_attention_that_knows_no_paged_cache_is_refused(make_base, make_adapt
     model = SharedBaseModel(base, make_adapter(base))
     with pytest.raises(ValueError, match=r"GPTNeoForCausalLM has an attention of its own.*Set it to False"):
         model.generate_batch(prompts(), generation_config=settings(), continuous_batching_config=engine())
-    # Without the refusal: no error, and another distribution
+    # Without the refusal: no error, and another distribution; with transformers 5.24 no completion
     outputs = base.generate_batch(prompts(), settings(), engine(return_logprobs=True))
+    if not any(output.generated_tokens for output in outputs.values()):
+        assert all(output.error for output in outputs.values())
+        return
     worst = 0.0
     for prompt, output in zip(prompts(), outputs.values(), strict=True):
         difference = torch.tensor(output.logprobs) - own_logprobs(model, Role.POLICY, prompt, output.generated_tokens)

@@ -143,7 +143,8 @@ def test_every_flag_is_shown_by_help_all(capsys) -> None:
 def test_a_configuration_is_found_by_name_or_by_path(tmp_path: Path) -> None:
     assert {"qlora_8b", "colab_0.5b", "toy"} <= set(config_names())
     for name in config_names():
-        assert find_config(name) == CONFIGS / f"{name}.yaml"
+        assert find_config(name) in (CONFIGS / f"{name}.yaml", CONFIGS / "presets" / f"{name}.yaml")
+    assert find_config("vapo") == find_config("presets/vapo") == CONFIGS / "presets" / "vapo.yaml"
     own = tmp_path / "own.yaml"
     own.write_text("seed: 1\n")
     assert find_config(own) == own

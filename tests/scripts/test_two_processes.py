@@ -109,6 +109,25 @@ def test_rrhf(online: list[str], processes: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_processes_share_the_prompts_of_an_evaluation(world, tmp_path: Path) -> None:
+    prompts = world.eval_prompts.select(range(40))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    flags = [f"--policy_adapter={world.policy_adapter}", f"--reward_adapter={world.reward_adapter}"]
+    flags += [f"--dataset_name={tmp_path / 'prompts.jsonl'}", f"--dataset_test_name={tmp_path / 'prompts.jsonl'}"]
+    flags += ["--eval_prompts=7", "--max_new_tokens=8"]
+    written = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        printed = launch("evaluate", tmp_path, *flags, f"--output_dir={out}", processes=processes)
+        assert printed.count("7 held-out prompts; below each figure") == 1
+        written.append([json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()])
+    assert [line["prompt"] for line in written[0]] == [*prompts["prompt"][:7]] * 2
+    for one, two in zip(*written, strict=True):
+        assert one["completion"] == two["completion"]
+        assert one["reward"] == pytest.approx(two["reward"], abs=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_reward_model(processes: int, tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
 """Labels on disk: for each annotator a jsonl file that only grows, one line for each act.
 
 An act is a label, a skip, or an undo of the newest act that is not undone yet. A line is forced to disk before `label`,
-`skip` or `undo` returns, and nothing that was written is ever changed. Writers hold a lock on the file for one act, and
+`skip` or `undo` returns, and nothing that was written is ever changed. Writers hold a lock for one act, and
 read first what others have added, so that two windows or two servers of one annotator do not label a pair twice.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from trl_ext.data.rows import shorten
 
@@ -110,7 +111,8 @@ class LabelFile:
         self.acts = 0
         self._history: list[str] = []  # pairs of the acts that hold, oldest first
         self._read = 0  # bytes
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # among threads; the other one is among processes
+        self._file_lock = FileLock(self.path.with_name(f".{annotator}.lock"), thread_local=False)
         with self._locked():
             pass
 
@@ -181,9 +183,8 @@ class LabelFile:
 
     @contextmanager
     def _locked(self) -> Iterator[Any]:
-        """The file, locked against every other writer, and read to its end."""
-        with self._lock, self.path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        """The file, locked against every other writer, and read to its end. A writer that is killed holds no lock."""
+        with self._lock, self._file_lock, self.path.open("a+b") as file:
             self._catch_up(file)
             yield file
 

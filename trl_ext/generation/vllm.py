@@ -5,11 +5,14 @@ vLLM object. The main process alone speaks with the server; what it finds, an er
 """
 
 import hashlib
+import logging
+import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from trl_ext.generation.vllm_adapters import AdapterVersions
+from trl_ext.generation.vllm_ahead import Ahead
 from trl_ext.generation.vllm_options import VLLMOptions
 from trl_ext.generation.vllm_server import (
     Completion,
@@ -29,6 +33,7 @@ from trl_ext.generation.vllm_server import (
 from trl_ext.roles import AdapterWeights, Role, SharedBaseModel
 from trl_ext.roles.folders import adapter_digest
 
+LOGGER = logging.getLogger(__name__)
 FOLDER = "vllm_adapters"
 T = TypeVar("T")
 
@@ -52,6 +57,7 @@ class VLLMEngine:
         owner: A path by which a run knows what an earlier process of it has left at the server. Default: `folder`.
 
     Attributes:
+        ahead: Whether completions are under way that `begin` asked for.
         base: The base's name at the server.
         max_model_len: Tokens of a prompt and its completion that the server takes; None where it does not say.
 
@@ -66,10 +72,13 @@ class VLLMEngine:
         folder: str | Path,
         owner: str | Path | None = None,
     ):
-        self.model, self.options, self.processes = model, options, PartialState()
+        self.model, self.options = model, options
+        self.processes: Any = PartialState()
         self.server = VLLMServer(str(options.vllm_server_url), options.vllm_timeout, options.vllm_wait)
         self.versions: Any = None  # of the main process
         self._published: dict[Role, Published] = {}  # of the main process
+        self.ahead = False
+        self._ahead: Ahead | None = None  # of the main process
         self.base, self.max_model_len = self.on_main(lambda: self._connect(folder, owner or folder))
 
     def _connect(self, folder: str | Path, owner: str | Path) -> tuple[str, int | None]:
@@ -107,6 +116,15 @@ class VLLMEngine:
         if message is not None:
             raise VLLMError(message) from error
         return result
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside the block the main process works for itself, as at the end of a run, and no other takes part."""
+        before, self.processes = self.processes, SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)
+        try:
+            yield
+        finally:
+            self.processes = before
 
     # ------------------------------------------------------------------ adapters
 
@@ -163,20 +181,31 @@ class VLLMEngine:
             VLLMError: See `VLLMServer.complete`.
         """
         role = role or self.model.active_role
+        every, own = self._of_all(prompts, seeds, count)
+        return self.on_main(lambda: self._complete(every, parameters, role))[own]
+
+    def _of_all(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], count: int) -> tuple[list[Prompt], slice]:
+        """The prompts of all processes, in order, and where this process's are among them."""
         own = [Prompt(tuple(ids), count, seed) for ids, seed in zip(prompts, seeds, strict=True)]
         every = gather_object([own]) if self.processes.num_processes > 1 else [own]
-        found = self.on_main(lambda: self._complete([prompt for rows in every for prompt in rows], parameters, role))
         start = sum(map(len, every[: self.processes.process_index]))
-        return found[start : start + len(own)]
+        return [prompt for rows in every for prompt in rows], slice(start, start + len(own))
 
-    def _complete(self, prompts: list[Prompt], parameters: SamplingParameters, role: Role) -> list[list[Completion]]:
+    def _complete(
+        self,
+        prompts: list[Prompt],
+        parameters: SamplingParameters,
+        role: Role,
+        stop: threading.Event | None = None,
+    ) -> list[list[Completion]]:
+        self.versions.wait()  # one at a time: both might find that the server has lost the adapter
         try:
-            return self.server.complete(self._name(role), prompts, parameters)
+            return self.server.complete(self._name(role), prompts, parameters, stop)
         except UnknownModelError:
             if role not in self._published:
                 raise
             self._publish_again(role)
-            return self.server.complete(self._name(role), prompts, parameters)
+            return self.server.complete(self._name(role), prompts, parameters, stop)
 
     def _name(self, role: Role) -> str:
         if role in self._published:
@@ -185,8 +214,85 @@ class VLLMEngine:
             raise RuntimeError(f"the {role.value} role was not brought to the server: call sync before sample.")
         return self.base
 
+    # ------------------------------------------------------------------ completions in the background
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], parameters: SamplingParameters, role: Role
+    ) -> None:
+        """Begin what `sample` does, once for each prompt, and return; `take` gives it.
+
+        The version that `sync` brought last samples, whatever becomes of the role. Whatever else the server is asked
+        for waits until this is done.
+        """
+        every, _ = self._of_all(prompts, seeds, 1)
+        self.drop()
+        self.ahead = True
+        if self.processes.is_main_process:
+            self._hold(Ahead(every, lambda stop: self._complete(every, parameters, role, stop)))
+
+    def _hold(self, ahead: Ahead) -> None:
+        self._ahead, self.versions.user = ahead, ahead.thread
+
+    def take(self, prompts: Sequence[Sequence[int]]) -> list[list[Completion]] | None:
+        """Wait for what `begin` asked for, and give it; each process that of its prompts.
+
+        Returns:
+            None where nothing was asked for, or other prompts were.
+
+        Raises:
+            VLLMError: As `sample`, on every process.
+        """
+        if not self.ahead:
+            return None
+        every, own = self._of_all(prompts, [0] * len(prompts), 1)
+        self.ahead = False
+        found = self.on_main(lambda: self._taken(every))
+        return None if found is None else found[own]
+
+    def _taken(self, prompts: list[Prompt]) -> list[list[Completion]] | None:
+        ahead = self._ahead
+        assert ahead is not None
+        if [prompt.ids for prompt in ahead.prompts] == [prompt.ids for prompt in prompts]:
+            self._ahead = None
+            return ahead.result()
+        LOGGER.warning("the prompts of this rollout are not those that were sampled ahead: it is sampled anew.")
+        self._drop()
+        return None
+
+    def drop(self) -> None:
+        """Want no more what `begin` asked for; requests that are under way are not broken off."""
+        self.ahead = False
+        if self.processes.is_main_process:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._ahead is not None:
+            self._ahead.stop.set()
+            self._ahead = None
+
+    def save_ahead(self, path: Path) -> None:
+        """Wait for what `begin` asked for, and write it into a file, if there is something. Every process calls."""
+        if self.ahead:
+            self.on_main(lambda: self._ahead is not None and self._ahead.write(path))
+
+    def load_ahead(self, path: Path) -> None:
+        """Let `take` give what `save_ahead` has written, if it has. Every process calls.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        self.drop()
+
+        def read() -> bool:
+            if path.is_file():
+                self._hold(Ahead.read(path))
+            return path.is_file()
+
+        self.ahead = self.on_main(read)
+
     def close(self) -> None:
         """Take the adapters away from server and disk; without this it happens when the process ends."""
+        self.drop()
         self._published.clear()
         self.on_main(lambda: self.versions.close())
 
@@ -202,12 +308,16 @@ class VLLMGeneration:
         pad_token_id: Stands in for an empty completion, at which TRL fails.
 
     Attributes:
+        of_training: Whether the next call is for a rollout that is trained on, of which `begin` may have sampled the
+            completions ahead.
+        lagging: Whether those of the last call were sampled ahead.
         logps: Of the last call, for each completion those of its tokens.
         empty: Of the last call, numbers of the completions without a token.
     """
 
     def __init__(self, engine: VLLMEngine, parameters: SamplingParameters, pad_token_id: int):
         self.engine, self.parameters, self.pad_token_id = engine, parameters, pad_token_id
+        self.of_training = self.lagging = False
         self.logps: list[list[float]] = []
         self.empty: set[int] = set()
 
@@ -238,14 +348,23 @@ class VLLMGeneration:
         """
         if images is not None:
             raise ValueError("images cannot be sent to the vLLM server: leave vllm_server_url out.")
-        draw = int(torch.randint(2**62, ()))
-        seeds = row_seeds(draw, self.engine.processes.process_index, len(prompts))
         with profiler:
-            found = [each[0] for each in self.engine.sample(prompts, seeds, self.parameters)]
+            groups = self.engine.take(prompts) if self.of_training else None
+            self.lagging = groups is not None
+            if groups is None:
+                groups = self.engine.sample(prompts, self._seeds(len(prompts)), self.parameters)
+        found = [group[0] for group in groups]
         self.logps = [completion.logps for completion in found]
         self.empty = {i for i, completion in enumerate(found) if not completion.ids}
         ids = [completion.ids or [self.pad_token_id] for completion in found]
         return prompts, ids, self.logps, None
+
+    def begin(self, prompts: list[list[int]]) -> None:
+        """Let the policy, as `sync_weights` brought it, complete prompts in the background, for the next rollout."""
+        self.engine.begin(prompts, self._seeds(len(prompts)), self.parameters, Role.POLICY)
+
+    def _seeds(self, count: int) -> list[int]:
+        return row_seeds(int(torch.randint(2**62, ())), self.engine.processes.process_index, count)
 
 
 def row_seeds(draw: int, process: int, count: int) -> list[int]:

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import uuid
 from pathlib import Path
 
@@ -31,6 +32,10 @@ class AdapterVersions:
         folder: Seen by this process and by the server under the same path.
         owner: Who publishes, the same after a crash: the folder that a run writes to. What an earlier process of this
             owner has left, at the server and on disk, is taken away here.
+
+    Attributes:
+        user: A thread that samples from a version. Nothing is loaded or unloaded before it ends: an engine that has
+            room for one adapter would push out the one that it computes with.
     """
 
     def __init__(self, server: VLLMServer, folder: str | Path, owner: str | Path):
@@ -38,6 +43,7 @@ class AdapterVersions:
         self.server, self.prefix = server, f"{PREFIX}-{digest}"
         self.folder = Path(folder).resolve() / self.prefix
         self.count = 0
+        self.user: threading.Thread | None = None
         self._loaded: dict[str, Path] = {}  # of this process, by name
         for model in server.models():
             if model.get("parent") is not None and str(model.get("id", "")).startswith(f"{self.prefix}-"):
@@ -50,6 +56,13 @@ class AdapterVersions:
                 if own.fullmatch(left.name):
                     shutil.rmtree(left, ignore_errors=True)
 
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until nothing samples in another thread; False: something still does."""
+        if self.user is not None and self.user is not threading.current_thread():
+            self.user.join(seconds)
+            return not self.user.is_alive()
+        return True
+
     def publish(self, adapter: AdapterWeights) -> str:
         """Write a version, whole or not at all, and load it.
 
@@ -59,6 +72,7 @@ class AdapterVersions:
         Raises:
             VLLMError: The server did not load it; it is removed again.
         """
+        self.wait()
         self.count += 1
         name = f"{self.prefix}-{self.count}-{uuid.uuid4().hex[:12]}"
         path, aside = self.folder / name, self.folder / f"{UNFINISHED}{name}"
@@ -76,6 +90,7 @@ class AdapterVersions:
 
     def retire(self, name: str) -> None:
         """Unload a version and remove its folder; what the server does not take back now is tried again later."""
+        self.wait()
         try:
             self.server.unload(name)
         except VLLMError as error:
@@ -91,7 +106,12 @@ class AdapterVersions:
             self.retire(name)
 
     def close(self) -> None:
-        """Take everything away, and the owner's folder where nothing else is in it; the server may be gone by then."""
+        """Take everything away, and the owner's folder where nothing else is in it; the server may be gone by then.
+
+        What is still sampled from is left to the owner's next process.
+        """
+        if not self.wait(CLOSE_SECONDS):
+            return
         self.server.timeout = min(self.server.timeout, CLOSE_SECONDS)
         for name, path in self._loaded.items():
             with contextlib.suppress(VLLMError):

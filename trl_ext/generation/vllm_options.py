@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from trl_ext.fields import above, at_least
+from trl_ext.fields import Rule, above, at_least, is_whole
 
 
 @dataclass
@@ -15,7 +15,7 @@ class VLLMOptions:
         default=None,
         metadata={
             "help": "Sample through the vLLM server at this address, http://host:port, which gets the adapter of every "
-            "rollout and never a merged weight (docs/generation.md). Default: transformers' generate."
+            "rollout and never a merged weight (documentation: generation). Default: transformers' generate."
         },
     )
     vllm_adapter_dir: str | None = field(
@@ -55,8 +55,16 @@ class VLLMRolloutOptions(VLLMOptions):
         default=3.0, metadata={"help": "The largest such weight; what is above is cut to it."}
     )
 
+    rollout_lag: Annotated[int, Rule("0 or 1", lambda value: is_whole(value) and 0 <= value <= 1)] = field(
+        default=0,
+        metadata={
+            "help": "1: the vLLM server samples the next rollout batch while the present one is trained on, so that "
+            "neither waits for the other; its policy is then one update old, which the importance weights make up for."
+        },
+    )
 
-CORRECTION = ("vllm_importance_sampling_correction", "vllm_importance_sampling_clip_max")
+
+CORRECTION = ("vllm_importance_sampling_correction", "vllm_importance_sampling_clip_max", "rollout_lag")
 
 
 def check_vllm_options(args: Any, others: tuple[str, ...] = ()) -> None:

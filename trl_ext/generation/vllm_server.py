@@ -11,11 +11,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import requests
+
+from trl_ext.generation.spread import spread
 
 CONNECTIONS = 128  # requests under way at once; the server batches them
 TRIES = 3  # of a request without an effect
@@ -130,7 +131,7 @@ class VLLMServer:
             if time.monotonic() >= end:
                 raise VLLMError(
                     f"the vLLM server at {self.url} did not answer for {self.wait:g} s ({seen}). Start it "
-                    "(recipes/vllm_serve.py prints the command), correct vllm_server_url, or raise vllm_wait."
+                    "(`trl-ext vllm-serve` prints the command), correct vllm_server_url, or raise vllm_wait."
                 )
             time.sleep(min(SECONDS_BETWEEN, max(end - time.monotonic(), 0.01)))
 
@@ -185,36 +186,37 @@ class VLLMServer:
 
     # ------------------------------------------------------------------ completions
 
-    def complete(self, model: str, prompts: Sequence[Prompt], parameters: SamplingParameters) -> list[list[Completion]]:
+    def complete(
+        self,
+        model: str,
+        prompts: Sequence[Prompt],
+        parameters: SamplingParameters,
+        stop: threading.Event | None = None,
+    ) -> list[list[Completion]]:
         """Complete prompts, each in a request of its own, with a seed of its own.
 
         Args:
             model: Name of an adapter, or of the base.
             prompts: In any number.
             parameters: Of all of them.
+            stop: Once it is set no request is begun any more.
 
         Returns:
             For each prompt, in order, its completions.
 
         Raises:
             UnknownModelError: The server does not know the adapter.
-            VLLMError: It cannot be reached, refuses, or answers something else, after `TRIES` tries.
+            VLLMError: It cannot be reached, refuses, or answers something else, after `TRIES` tries; or it was stopped.
         """
         common = parameters.body()
 
         def ask(prompt: Prompt) -> list[Completion]:
+            if stop is not None and stop.is_set():
+                raise VLLMError("these completions are not wanted any more.")
             body = common | {"model": model, "prompt": list(prompt.ids), "n": prompt.count, "seed": prompt.seed}
             return self._again(lambda: completions_of(self._post("/v1/completions", body), prompt, parameters))
 
-        if not prompts:
-            return []
-        with ThreadPoolExecutor(min(CONNECTIONS, len(prompts))) as pool:
-            futures = [pool.submit(ask, prompt) for prompt in prompts]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        return spread(ask, prompts, CONNECTIONS)
 
     # ------------------------------------------------------------------ requests
 

@@ -244,7 +244,7 @@ class Tracer:
                 layer.forward = MethodType(_quantised_forward, layer)
             disable_dropout(model)
             if self.setup.checkpointing:
-                model.gradient_checkpointing_enable()
+                model.activation_checkpointing_enable()
             _to_fake(model, mode, self.setup.trained_dtype)
             self._models[depth] = model, mode
         return self._models[depth]

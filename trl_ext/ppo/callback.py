@@ -11,6 +11,7 @@ from transformers import TrainerCallback, get_scheduler
 from transformers.trainer_callback import ExportableState
 
 from trl_ext.engines import keep_untrained
+from trl_ext.ppo.ahead import seed_of_epoch
 from trl_ext.ppo.state import PPOState
 from trl_ext.roles import Role
 from trl_ext.roles.sharding import total_norm
@@ -32,7 +33,7 @@ class PPOStateCallback(TrainerCallback, ExportableState):
         end_update: Called when the update of a rollout batch is over.
         scaled: Whether a float16 scaler skips steps whose gradients are not finite, by itself.
         own_schedule: Whether the learning rate's schedule is made from the configuration, and not given by the user.
-        zero: Whether DeepSpeed steps the optimizer, which gives the policy gradients of zeros in the warm-up.
+        zero: Whether DeepSpeed steps the optimizer, which gives a policy that waits gradients of zeros.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class PPOStateCallback(TrainerCallback, ExportableState):
         batch_sampler = getattr(batch_sampler, "batch_sampler", batch_sampler)
         generator = getattr(getattr(batch_sampler, "sampler", None), "generator", None)
         if isinstance(generator, torch.Generator):
-            generator.manual_seed(args.seed + int((state.epoch or 0) + 1e-6))
+            generator.manual_seed(seed_of_epoch(args.seed, state.epoch))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if self.zero:
-            waits, waited = (self.ppo_state.in_warmup(step) for step in (state.global_step, state.global_step - 1))
+            waits, waited = (self.ppo_state.policy_waits(step) for step in (state.global_step, state.global_step - 1))
             keep_untrained(optimizer, Role.POLICY.value, waits, waited)
 
     def on_pre_optimizer_step(

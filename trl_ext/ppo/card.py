@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trl_ext.report.cards import CardFacts, CardKind, whole_card
+from trl_ext.report.cards import CardFacts, CardKind, loading, whole_card
 
 KIND = CardKind(
     pipeline_tag="text-generation",
@@ -43,11 +43,7 @@ def model_card(facts: CardFacts, others: Sequence[str], sources: Sequence[str]) 
         f"A LoRA adapter on `{facts.base_name}`, trained by PPO-Max "
         "([arXiv 2307.04964](https://huggingface.co/papers/2307.04964)) with trl_ext.",
         "",
-        "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "",
-        'policy = AutoPeftModelForCausalLM.from_pretrained("this repository")',
-        "```",
+        *loading(facts),
         "",
         f"Beside the policy: {', '.join(f'`{name}/`' for name in others)}.",
     ]

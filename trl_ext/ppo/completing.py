@@ -1,5 +1,6 @@
 """How PPO-Max gets its completions: from the model itself, or from a vLLM server, and what the server's way costs."""
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from trl_ext.generation.vllm_probe import checked_engine
 from trl_ext.generation.vllm_server import SamplingParameters, VLLMError
 from trl_ext.ops.masking import masked_mean
 from trl_ext.ops.sampler import importance_weights, sampler_figures, sampler_sums
+from trl_ext.ppo.ahead import RolloutAhead
 from trl_ext.ppo.rollout import Rollout
 from trl_ext.runs import RunGuard
 from trl_ext.text import TextEncoder
@@ -26,6 +28,11 @@ class CompletesPrompts(Trainer):
     model: Any
     guard: RunGuard
     vllm_generation: Any = None  # a `VLLMGeneration` of ours where there is a server; TRL knows another one
+    ahead: RolloutAhead | None = None  # with `rollout_lag`
+    loader: Any
+    watch: Any
+    coming: Any
+    _step: int
     use_vllm: bool
     _last_loaded_step: int
     _generate: Any
@@ -55,13 +62,40 @@ class CompletesPrompts(Trainer):
         engine = checked_engine(*given, longest=longest, seed=args.seed)
         self.vllm_generation = VLLMGeneration(engine, parameters, encoder.pad_id)
         self.use_vllm = True
+        if args.rollout_lag:
+            self.ahead = RolloutAhead(self.vllm_generation, encoder, args, lambda: self.loader.folder)
+            self.coming = self.ahead.coming
+            self.add_callback(self.ahead)
 
     def _complete(self, prompts: list[Any]) -> Completions:
         self.guard.start_tracking(self.args, self.state, self.control, model=self.model)  # TRL logs how long it takes
         # TRL brings a server weights once a step. The policy changes without one too: by the guard, at the end of a
         # run, on resuming; and the role may be another. What is there already is not sent again.
         self._last_loaded_step = -1
-        return complete(self._generate, self.model, self.args, prompts, self.vllm_generation)
+        training = bool(self.model.training)
+        if self.vllm_generation is not None:
+            self.vllm_generation.of_training = training
+        completions = complete(self._generate, self.model, self.args, prompts, self.vllm_generation)
+        if self.ahead is not None and training:
+            self.ahead.begin(self._step, self.state)
+        return completions
+
+    def drop_ahead(self) -> None:
+        """Want no more the rollout that was sampled ahead, by a policy that was undone."""
+        if self.ahead is not None:
+            self.ahead.drop()
+
+    def _room_for_lag(self, tokens: float) -> float:
+        """By how much an update of the policy may move a log-probability, nats a token on average.
+
+        With d the KL of the last update, nats a sequence, as the step control has measured it, and n the tokens of a
+        sequence: E |x| <= sqrt(E x^2), where E x^2 is 2 d / n to the second order. Twice that, since d was measured on
+        other rows. Infinite where no step control measures; 0 where the policy stood still.
+        """
+        if not self.args.update_kl_target:
+            return math.inf
+        moved = self.watch.stats.get("update_kl", 0.0)
+        return 2 * math.sqrt(2 * max(moved, 0.0) / max(tokens, 1.0))
 
     def compare_with_sampler(self, rollout: Rollout) -> dict[str, float]:
         """Fill `sampler_logps` and `importance` where a server sampled, and say how far it is from the policy.
@@ -70,7 +104,8 @@ class CompletesPrompts(Trainer):
             rollout: Of the last completions, scored. `logps` stay the trainer's.
 
         Raises:
-            RuntimeError: Further than `vllm_max_logp_difference` on average, with the likely cause; on every process.
+            RuntimeError: Further than `vllm_max_logp_difference` on average, for a lagging rollout and what the update
+                between has moved, with the likely cause; on every process.
         """
         if self.vllm_generation is None:
             return {}
@@ -85,19 +120,27 @@ class CompletesPrompts(Trainer):
             rollout.importance = weights
         sums, largest = sampler_sums(rollout.logps, theirs, weights, mask)
         largest = self.accelerator.gather(largest[None]).amax(0)
-        figures = sampler_figures(self._sum(sums), largest)
-        mean = figures.get("sampling/sampling_logp_difference/mean", 0.0)
-        if not mean <= args.vllm_max_logp_difference:
-            raise VLLMError(self._why_so_far(rollout, theirs, mask, mean))
+        sums = self._sum(sums)
+        figures = sampler_figures(sums, largest)
+        mean, bound = figures.get("sampling/sampling_logp_difference/mean", 0.0), args.vllm_max_logp_difference
+        if self.ahead is not None:
+            lagging = self.vllm_generation.lagging
+            figures["sampling/lag"] = float(lagging)
+            rows = len(mask) * self.accelerator.num_processes
+            bound += self._room_for_lag(float(sums[0]) / rows) if lagging else 0.0
+        if not mean <= bound:
+            raise VLLMError(self._why_so_far(rollout, theirs, mask, mean, bound))
         return figures
 
-    def _why_so_far(self, rollout: Rollout, theirs: Tensor, mask: Tensor, mean: float) -> str:
+    def _why_so_far(self, rollout: Rollout, theirs: Tensor, mask: Tensor, mean: float, bound: float) -> str:
         args = self.args
         found = (
             f"the vLLM server at {args.vllm_server_url} sampled with log-probabilities that are {mean:.3g} nats a "
             f"token from the policy's on average, more than vllm_max_logp_difference="
-            f"{args.vllm_max_logp_difference:g}. "
+            f"{args.vllm_max_logp_difference:g}"
         )
+        room = bound - args.vllm_max_logp_difference
+        found += f" and the {room:.3g} that the update between may have moved. " if room > 0 else ". "
         warpers = [n for n, off in WARPERS.items() if (getattr(args, n) or off) != off]
         if warpers:
             return found + (

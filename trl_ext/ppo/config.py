@@ -18,6 +18,7 @@ from trl_ext.generation.vllm_options import VLLMRolloutOptions
 from trl_ext.ops.ensemble import check_weights
 from trl_ext.ops.kl import KL_ESTIMATORS
 from trl_ext.ops.packing import SCORED_PER_TRAINED
+from trl_ext.ppo.critic_options import LAMBDA, PENALTY_COEF, POLICY_OBJECTIVES, CriticOptions, check_critic_options
 from trl_ext.ppo.ensemble_options import EnsembleOptions
 from trl_ext.ppo.refusals import HARMLESS, check_options
 from trl_ext.ppo.rewards import BASELINES, SCORE_MODES
@@ -28,15 +29,13 @@ UPDATES_TO_TARGET = 32
 WARMUP_ROLLOUTS, WARMUP_SHARE = 5, 10
 GUARD_ACTS = ("raise_beta", "step_back", "stop")
 KL_CONTROLS = ("pi", "fixed", "adaptive", "penalty")
-POLICY_OBJECTIVES = ("clip", "kl_penalty")
-EPSILON, PENALTY_COEF = 0.2, 1.0
 OFF = "null (None) switches it off"
 LARGEST_BATCH_IN_HORIZONS = 5  # from which on one step of `AdaptiveKL` could make beta 0
 DEFAULT_OPTIM: Any = RLOOConfig.__dataclass_fields__["optim"].default
 
 
 @dataclass
-class PPOMaxConfig(EnsembleOptions, VLLMRolloutOptions, RLOOConfig):
+class PPOMaxConfig(CriticOptions, EnsembleOptions, VLLMRolloutOptions, RLOOConfig):
     r"""
     Configuration of [`PPOMaxTrainer`]. The defaults are PPO-Max; every trick is a field that works alone.
 
@@ -151,10 +150,10 @@ class PPOMaxConfig(EnsembleOptions, VLLMRolloutOptions, RLOOConfig):
 
     # Advantages and losses
     gamma: Annotated[float, between(0, 1)] = field(default=1.0, metadata={"help": "Discount of GAE."})
-    gae_lambda: Annotated[float, between(0, 1)] = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    gae_lambda: Annotated[float, between(0, 1)] = field(default=LAMBDA, metadata={"help": "Lambda of GAE."})
     value_lambda: Annotated[float | None, between(0, 1)] = field(
         default=None,
-        metadata={"help": "Lambda of the returns that the critic learns; 1 is Monte Carlo. Default: `gae_lambda`."},
+        metadata={"help": "Lambda of the returns that the critic learns; 1 is Monte Carlo. Default: the policy's."},
     )
     advantage_clip: Annotated[float | None, above(0, OFF)] = field(
         default=None, metadata={"help": "Clip the (whitened) advantages to +- this. Off by default."}
@@ -164,7 +163,8 @@ class PPOMaxConfig(EnsembleOptions, VLLMRolloutOptions, RLOOConfig):
         metadata={
             "help": "The policy's loss: 'clip' of the ratio (`epsilon`); 'kl_penalty', PPO-Penalty: the KL to the "
             "policy that sampled takes its place, with a coefficient that doubles or halves after an update whose KL "
-            "is 1.5 times off `update_kl_target` (Schulman et al. 2017, section 4).",
+            "is 1.5 times off `update_kl_target` (Schulman et al. 2017, section 4); 'dis': tokens with a ratio outside "
+            "[1 - `epsilon`, 1 + `epsilon_high`] contribute nothing (SAO, arXiv 2607.07508).",
             "choices": list(POLICY_OBJECTIVES),
         },
     )
@@ -218,8 +218,8 @@ class PPOMaxConfig(EnsembleOptions, VLLMRolloutOptions, RLOOConfig):
     guard: bool = field(
         default=True,
         metadata={
-            "help": "Watch the policy for the ways in which it collapses without a word (docs/tuning.md): alarms in "
-            "the log and as metrics `guard/...`, and what `guard_acts` allows."
+            "help": "Watch the policy for the ways in which it collapses without a word (documentation: tuning): "
+            "alarms in the log and as metrics `guard/...`, and what `guard_acts` allows."
         },
     )
     guard_acts: list[str] = field(
@@ -298,26 +298,6 @@ class PPOMaxConfig(EnsembleOptions, VLLMRolloutOptions, RLOOConfig):
                 "itself, on weights of its own: set it to 0, or use data parallelism or FSDP2."
             )
 
-    def _check_policy_objective(self) -> None:
-        if self.policy_objective == "clip":
-            if self.kl_penalty_coef != PENALTY_COEF:
-                raise ValueError(
-                    f"kl_penalty_coef={self.kl_penalty_coef:g} does nothing with policy_objective='clip': set that to "
-                    "'kl_penalty', or leave the coefficient out."
-                )
-            return
-        if self.update_kl_target == 0:
-            raise ValueError(
-                "policy_objective='kl_penalty' moves its coefficient by the KL of each update, and update_kl_target is "
-                "0: set a target, or policy_objective='clip'."
-            )
-        for name, default in (("epsilon", EPSILON), ("epsilon_high", None)):
-            if getattr(self, name) != default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} does nothing with policy_objective='kl_penalty', which clips no "
-                    "ratio: leave it out, or set policy_objective='clip'."
-                )
-
     def _check_guard(self, evaluated: bool) -> None:
         unknown = [act for act in self.guard_acts if act not in GUARD_ACTS]
         if unknown:
@@ -351,7 +331,7 @@ class PPOMaxConfig(EnsembleOptions, VLLMRolloutOptions, RLOOConfig):
                 f"update_kl_target={self.update_kl_target:g} is above kl_target={self.kl_target:g}: one update would "
                 f"pass the target of the run. Lower it; the default is kl_target / {UPDATES_TO_TARGET}."
             )
-        self._check_policy_objective()
+        check_critic_options(self)
         if self.max_steps >= 1:
             self.check_critic_warmup(self.max_steps)
         horizon = self.kl_horizon if self.beta > 0 else None

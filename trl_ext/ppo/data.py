@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
+from trl_ext.fields import is_number
 from trl_ext.text import TextEncoder, check_prompt, check_prompts, pad_ids
 
 SHORTEST_TEXT = 2  # tokens: a text of one predicts nothing
 NAMED = 5  # rows that an error names
+REFERENCES = "reference_scores"  # column
 
 
 def check_inputs(
@@ -39,6 +41,7 @@ def check_inputs(
     for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
         for part_name, part in _parts(dataset, name):
             check_dataset(part, part_name)
+            check_references(part, part_name, args.reward_sigmoid)
             check_lengths(part, part_name, encoder, args.max_completion_length, positions, scored, progress)
     wanted = args.generation_batch_size // args.num_generations
     if isinstance(train_dataset, Dataset) and len(train_dataset) < wanted:
@@ -77,6 +80,38 @@ def check_dataset(dataset: Any, name: str) -> None:
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: give at least one prompt.")
     check_prompts(dataset["prompt"], name)
+
+
+def reference_scores(value: Any) -> list[float]:
+    """The scores of a prompt's reference answers, given as one number or several.
+
+    Raises:
+        ValueError: There is none, or one is no finite number.
+    """
+    scores = list(value) if isinstance(value, list | tuple) else [value]
+    if not scores or not all(is_number(score) for score in scores):
+        raise ValueError(f"{value!r} is not one finite number or a list of them")
+    return [float(score) for score in scores]
+
+
+def check_references(dataset: Any, name: str, wanted: bool) -> None:
+    """Check that every prompt has the scores of its reference answers, where `reward_sigmoid` wants them.
+
+    Raises:
+        ValueError: What is missing, by dataset and row.
+    """
+    if not wanted or not isinstance(dataset, Dataset):
+        return
+    if REFERENCES not in dataset.column_names:
+        raise ValueError(
+            f"reward_sigmoid=True needs the column '{REFERENCES}', which {name} lacks: for each prompt the score of an "
+            "answer by the policy that training starts from, or a list of such scores, by the same rewards and weights."
+        )
+    for row, value in enumerate(dataset[REFERENCES]):
+        try:
+            reference_scores(value)
+        except ValueError as error:
+            raise ValueError(f"{name} row {row}: {REFERENCES}={error}.") from error
 
 
 def check_lengths(

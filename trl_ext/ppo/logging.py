@@ -84,7 +84,7 @@ def _synchronize() -> None:
 
 def rollout_metrics(rollout: Rollout, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """KL, rewards, perplexities, lengths, and how well the critic did on one rollout batch."""
-    mask = rollout.completion_mask.bool()
+    mask = rollout.actions
     lengths = mask.sum(1)
     count, tokens, truncated, empty, nll, entropy = reduce(
         torch.stack(
@@ -188,7 +188,7 @@ def log_samples(logs: dict[str, Any], names: Sequence[str], rollout: Rollout) ->
     for name, column in zip(names, gather(rollout.per_function.contiguous()).T, strict=True):
         logs["rewards"][name].extend(column.tolist())
     logs["rewards"]["total"].extend(gather(rollout.scores).tolist())
-    lengths = rollout.completion_mask.sum(1).clamp(min=1)
+    lengths = rollout.actions.sum(1).clamp(min=1)
     logs["advantages"].extend(gather(rollout.advantages.sum(1) / lengths).tolist())
 
 
@@ -211,7 +211,7 @@ def keep_samples(
 
 def sample_rows(names: Sequence[str], rollout: Rollout, rows: Sequence[int]) -> list[dict[str, Any]]:
     """Prompt, completion and figures of some of this process's completions; sums are over the tokens, in nats."""
-    mask = rollout.completion_mask.bool()
+    mask = rollout.actions
     columns = {"reward": rollout.scores, "tokens": mask.sum(1), "nll": -torch.where(mask, rollout.logps, 0.0).sum(1)}
     if rollout.reference_logps is not None:
         columns["reference_nll"] = -torch.where(mask, rollout.reference_logps, 0.0).sum(1)

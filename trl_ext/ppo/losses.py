@@ -1,4 +1,4 @@
-"""PPO's two losses, and how well the critic explains the returns.
+"""PPO's losses, and how well the critic explains the returns.
 
 A loss is a sum over the tokens that count, divided by `num_tokens`, by default their number. A trainer that splits one
 batch over micro-batches or processes passes the number of the whole batch: the gradients of the parts then sum to the
@@ -51,8 +51,7 @@ def policy_loss(
         ValueError: the shapes differ, or a clip range is out of bounds.
     """
     check_same_shape(logps=logps, old_logps=old_logps, advantages=advantages, mask=mask)
-    if not 0 <= clip_low <= 1 or not clip_high >= 0:
-        raise ValueError(f"clip_low must be in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}")
+    _check_clip(clip_low, clip_high)
     mask = mask.bool()
     logps, old_logps, advantages = _masked(mask, logps, old_logps, advantages)
     ratio = torch.exp(logps - old_logps)
@@ -107,6 +106,81 @@ def kl_penalty_loss(
     ratio, kl = torch.exp(logps - old_logps), kl_estimate(old_logps, logps, "k3")
     loss = _token_mean(_weighted(coef * kl - advantages * ratio, weights, mask), mask, num_tokens)
     return loss, _ratio_stats(ratio, kl, mask)
+
+
+def dis_loss(
+    logps: Tensor,
+    sampler_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    *,
+    num_tokens: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The importance-weighted surrogate of the tokens whose ratio is near 1; the others contribute nothing (DIS).
+
+        r = exp(logps - sampler_logps)
+        loss = sum [1 - clip_low <= r <= 1 + clip_high] (-A r) / num_tokens
+
+    The gradient of a token inside is -A r grad(logps), as that of A sg(r) logps; outside it is 0, whatever the sign of
+    A. A clip keeps the gradient of half of those: of a token that has become rarer, where A is positive.
+
+    Source: Hou et al. 2026, "Single-Rollout Asynchronous Optimization for Agentic Reinforcement Learning" (SAO, arXiv
+    2607.07508), section 3.1 and equation 3, direct double-sided importance sampling. The ratio is to the policy that
+    sampled, as the engine gave it: a second ratio, of the trainer's policy to the engine's, is not needed.
+
+    Args:
+        logps: log-probabilities of the sampled tokens under the policy, (B, T). The only input with a gradient.
+        sampler_logps: the same under the policy that sampled them, (B, T).
+        advantages: A, (B, T).
+        mask: 1 on response tokens, (B, T).
+        clip_low: how far below 1 a ratio counts, in [0, 1].
+        clip_high: how far above 1 a ratio counts, at least 0.
+        num_tokens: what the sum is divided by; the number of tokens in `mask` by default, of those outside too.
+
+    Returns:
+        (loss, stats), loss a scalar, 0 where the mask is empty. stats: as those of `policy_loss`; `clip_fraction` is
+        the share of tokens that contribute nothing.
+
+    Raises:
+        ValueError: the shapes differ, or a bound is out of range.
+    """
+    check_same_shape(logps=logps, sampler_logps=sampler_logps, advantages=advantages, mask=mask)
+    _check_clip(clip_low, clip_high)
+    mask = mask.bool()
+    logps, sampler_logps, advantages = _masked(mask, logps, sampler_logps, advantages)
+    difference = logps - sampler_logps
+    inside = mask & (difference.detach().exp() >= 1 - clip_low) & (difference.detach().exp() <= 1 + clip_high)
+    # An infinite ratio outside must not reach the gradient, not even times 0
+    counted = torch.where(inside, difference, 0).exp()
+    loss = _token_mean(torch.where(inside, -advantages * counted, 0), mask, num_tokens)
+    stats = _ratio_stats(difference.detach().exp(), kl_estimate(sampler_logps, logps, "k3"), mask)
+    return loss, stats | {"clip_fraction": masked_mean((~inside).to(logps.dtype), mask)}
+
+
+def best_answers_loss(logps: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """Minus the log-likelihood of the best answers, a mean over their tokens.
+
+        loss = - sum_i w_i sum_t logps_{i,t}        w_i = [answer i is one of the best] / (tokens of all of them)
+
+    Source: Yue et al. 2025, VAPO (arXiv 2504.05118), "Positive Example LM Loss".
+
+    Args:
+        logps: log-probabilities of the sampled tokens under the policy, (B, T).
+        mask: 1 on response tokens, (B, T).
+        weights: w, (B,): see `rewards.best_answer_weights`.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    check_same_shape(logps=logps, mask=mask)
+    if weights.shape != logps.shape[:1]:
+        raise ValueError(f"weights must be (B,), got {tuple(weights.shape)} for logps {tuple(logps.shape)}")
+    return -(torch.where(mask.bool(), logps, 0).sum(1) * weights.detach()).sum()
 
 
 def value_loss(
@@ -190,6 +264,11 @@ def explained_variance(
     _, residual_var = masked_mean_var(returns.to(dtype) - values.to(dtype), mask, reduce)
     _, return_var = masked_mean_var(returns, mask, reduce)
     return torch.where(return_var > 0, 1 - residual_var / return_var, 0)
+
+
+def _check_clip(clip_low: float, clip_high: float) -> None:
+    if not 0 <= clip_low <= 1 or not clip_high >= 0:
+        raise ValueError(f"clip_low must be in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}")
 
 
 def _masked(mask: Tensor, logps: Tensor, *constants: Tensor) -> list[Tensor]:

@@ -66,7 +66,7 @@ def check_inherited_options(args: Any) -> None:
         "use_vllm": "TRL gives vLLM the policy by merging its adapter into the base that all roles share, and "
         "unmerging rounds, or quantises a 4-bit base anew: the reference would move at each sync. It would also "
         "send the critic's head, and 4-bit weights as they are packed, which no vLLM model has. Start a server "
-        "with recipes/vllm_serve.py and set vllm_server_url, which sends it the adapter alone; or use transformers' "
+        "with `trl-ext vllm-serve` and set vllm_server_url, which sends it the adapter alone; or use transformers' "
         "generate (the default) or use_transformers_continuous_batching=True",
         "router_aux_loss_coef": "the auxiliary loss of experts is not supported; set it to 0",
         "use_liger_kernel": "it replaces the forward passes of the roles; set it to False",
@@ -91,10 +91,16 @@ def check_vllm_server(args: Any) -> None:
         if getattr(args, name, defaults.get(name)) != defaults.get(name):
             raise ValueError(
                 f"{name}={getattr(args, name)!r} is one of use_vllm, which has no place in PPO-Max: leave it out, and "
-                "see vllm_server_url and recipes/vllm_serve.py."
+                "see vllm_server_url and `trl-ext vllm-serve`."
             )
     if args.vllm_server_url is None:
         return
+    if args.rollout_lag and not args.vllm_importance_sampling_correction:
+        raise ValueError(
+            f"rollout_lag={args.rollout_lag} samples from a policy that is one update old, and "
+            "vllm_importance_sampling_correction=False would train on that as if it were not: set it to True, or "
+            "rollout_lag to 0."
+        )
     left_out: dict[str, tuple[Any, str]] = {
         "use_transformers_continuous_batching": (args.use_transformers_continuous_batching or None, "set it to False"),
         "per_device_generate_batch_size": (

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from trl_ext.generation.from_trl import Completions
-from trl_ext.ops.advantages import gae
+from trl_ext.ops.advantages import gae, gae_over_actions, length_adaptive_lambda
 from trl_ext.ops.kl import kl_estimate
 from trl_ext.ops.masking import masked_mean_var, masked_whiten
 from trl_ext.ops.packing import PackedBatch, pack
 from trl_ext.ppo.config import PPOMaxConfig
+from trl_ext.ppo.data import REFERENCES, reference_scores
 from trl_ext.ppo.losses import explained_variance
-from trl_ext.ppo.rewards import shape_scores, token_rewards
+from trl_ext.ppo.rewards import onto_actions, shape_placed, shape_scores, sigmoid_scores, token_rewards
 from trl_ext.ppo.state import PPOState
 from trl_ext.roles import Role, SharedBaseModel
 from trl_ext.runs import check_first_kl
-from trl_ext.scoring import combine, role_scores
+from trl_ext.scoring import combine, placed_by_functions, placed_by_role, role_scores
 from trl_ext.text import TextEncoder, pad_ids
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
@@ -35,7 +36,8 @@ UPDATE_FIELDS = (
     "advantages",
     "returns",
 )
-WHERE_SAMPLED = ("importance",)  # and this, where an engine sampled
+# And these where there are any: of an engine that sampled, and of a loss that asks for them
+IF_THERE = ("importance", "sampler_logps", "best_weights", "action_mask")
 
 
 @dataclass
@@ -60,12 +62,15 @@ class Rollout:
     uncertainty: Tensor | None = None  # (B,) standard deviation over the adapters of an ensemble; None without one
     shaped_scores: Tensor = NOT_YET  # (B,) normalised, clipped, less the penalty for a missing end
     kl: Tensor = NOT_YET  # (B, T) estimate of the KL from the reference, 0 on padding
-    rewards: Tensor = NOT_YET  # (B, T) -beta kl, plus the shaped score on the last token
+    placed: Tensor | None = None  # (B, T) parts of the shaped score that are paid before the end; None: no such parts
+    rewards: Tensor = NOT_YET  # (B, T) -beta kl, plus the shaped score on the last token or in its parts
     advantages: Tensor = NOT_YET  # (B, T)
     returns: Tensor = NOT_YET  # (B, T)
     baseline_is_critic: bool = True  # of the advantages; else it is the mean return of the batch
     sampler_logps: Tensor | None = None  # (B, T) under the engine that sampled; None where the model did itself
     importance: Tensor | None = None  # (B, T) what each token counts in the policy's loss; None: 1
+    best_weights: Tensor | None = None  # (B,) what each answer counts in the likelihood of the best; None: no such loss
+    action_mask: Tensor | None = None  # (B, T) int, 0 on an environment's tokens too; None: there are none
     prompts: Any = NOT_YET  # list of B texts or conversations
     completions: Any = NOT_YET  # list of B texts or lists of one message
 
@@ -95,16 +100,21 @@ class Rollout:
         tensors: Any = (prompt_ids, prompt_mask, completion_ids, completion_mask, truncated)
         return cls(*(t.to(device) for t in tensors))
 
+    @property
+    def actions(self) -> Tensor:
+        """(B, T) bool: the tokens that the policy chose, which losses, KL and statistics are of."""
+        return (self.completion_mask if self.action_mask is None else self.action_mask).bool()
+
     @classmethod
     def from_update_batch(cls, batch: Mapping[str, Any]) -> "Rollout":
         """The rows of a micro-batch."""
         fields: dict[str, Any] = {name: batch[name] for name in UPDATE_FIELDS}
-        fields |= {name: batch[name] for name in WHERE_SAMPLED if name in batch}
+        fields |= {name: batch[name] for name in IF_THERE if name in batch}
         return cls(**fields)
 
     def update_batch(self, count: int | None = None) -> dict[str, Tensor]:
         """What the update needs, of the first `count` rows or of all."""
-        names = [*UPDATE_FIELDS, *(name for name in WHERE_SAMPLED if getattr(self, name) is not None)]
+        names = [*UPDATE_FIELDS, *(name for name in IF_THERE if getattr(self, name) is not None)]
         return {name: getattr(self, name)[:count] for name in names}
 
     def tokens(self) -> int:
@@ -142,6 +152,9 @@ def collect(
     reduce: Reduce,
     device: torch.device,
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    placed: Callable[[], Any] = list,
+    env_mask: Callable[[], list[list[int]] | None] = lambda: None,
+    warming_up: bool = False,
 ) -> Rollout:
     """Collect one process's rollout batch: generate -> score -> shape -> advantages.
 
@@ -155,6 +168,9 @@ def collect(
         reduce: Sums a small tensor over all processes.
         device: Where tensors belong.
         phase: Times "generate" and "score".
+        placed: What each reward function gave to parts of completions in its last call.
+        env_mask: Of the completions, 1 where the policy wrote; None: it wrote all of them.
+        warming_up: Whether only the critic is trained on this batch.
 
     Raises:
         RuntimeError: Another role than the policy is active, or at the first rollout it is not its reference.
@@ -170,6 +186,10 @@ def collect(
         prompt_ids, completion_ids, completions = generate(prompts)
     rollout = Rollout.from_ids(prompt_ids, completion_ids, encoder.end_ids, encoder.pad_id, device)
     rollout.prompts, rollout.completions = prompts, completions
+    rollout.action_mask = action_mask(env_mask(), rollout.completion_mask)
+    if rollout.action_mask is not None:  # a completion that ends with the environment's words was not cut
+        last = (rollout.completion_mask.sum(1, keepdim=True) - 1).clamp(min=0)
+        rollout.truncated &= rollout.action_mask.gather(1, last).squeeze(1).bool()
 
     # 2. Policy, reference and critic on every token, the reward role on every sequence
     with phase("score"):
@@ -194,25 +214,73 @@ def collect(
     rollout.per_function = reward(prompts, completions, completion_ids)
     weights = torch.tensor(args.reward_weights or [1.0] * rollout.per_function.shape[1])
     rollout.scores = combine(rollout.per_function, weights, rollout.role_scores, args.reward_role_weight)
+    parts = placed_by_functions(encoder, completion_ids, placed(), weights.tolist())
+    if parts is not None:
+        rollout.placed = parts.to(device)
+    if rollout.role_scores is not None and args.reward_role_pays != "end":
+        rollout.placed = placed_by_role(
+            model,
+            encoder,
+            prompt_ids,
+            completion_ids,
+            args.reward_role_pays,
+            max_tokens=rollout.longest() * at_a_time,
+            ensemble=args.reward_ensemble,
+            ensemble_coef=args.reward_ensemble_coef,
+        ) * args.reward_role_weight + (0.0 if rollout.placed is None else rollout.placed)
 
     # 4. Running normalisation, clip, penalty for a missing end
     mode, clip = args.reward_normalization, args.reward_clip
-    shaped = shape_scores(rollout.scores, state.moments, mode, clip, update=training)
+    scores = shaped_by_references(rollout, rows) if args.reward_sigmoid else rollout.scores
+    shaped = shape_scores(scores, state.moments, mode, clip, update=training)
+    if rollout.placed is not None:
+        placed_shaped = shape_placed(rollout.placed, scores, state.moments, mode, clip)
+        rollout.placed = placed_shaped if rollout.action_mask is None else onto_actions(placed_shaped, rollout.actions)
     rollout.shaped_scores = shaped - (args.missing_eos_penalty or 0.0) * rollout.truncated
 
     # 5. KL penalty on every token; GAE; whitening
     add_kl_and_rewards(rollout, estimator=args.kl_estimator, beta=state.kl.coef)
+    lam: float | Tensor = args.gae_lambda
+    value_lam = args.value_lambda
+    if args.gae_lambda_alpha is not None:
+        lam = length_adaptive_lambda(rollout.actions.sum(1), args.gae_lambda_alpha)
+    if warming_up and args.critic_warmup_returns == "monte_carlo":
+        value_lam = 1.0
     add_advantages(
         rollout,
         gamma=args.gamma,
-        lam=args.gae_lambda,
-        value_lam=args.gae_lambda if args.value_lambda is None else args.value_lambda,
+        lam=lam,
+        value_lam=lam if value_lam is None else value_lam,
         whiten=args.normalize_advantages,
         clip=args.advantage_clip,
         reduce=reduce,
         trust_critic=args.critic_baseline == "always",
     )
     return rollout
+
+
+def action_mask(env_mask: list[list[int]] | None, completion_mask: Tensor) -> Tensor | None:
+    """1 on the tokens that the policy wrote, (B, T), like `completion_mask`; None where it wrote all of them."""
+    if env_mask is None or all(all(row) for row in env_mask):
+        return None
+    mask = torch.zeros_like(completion_mask)
+    for i, row in enumerate(env_mask):
+        mask[i, : len(row)] = torch.tensor(row, dtype=mask.dtype)
+    return mask
+
+
+def shaped_by_references(rollout: Rollout, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Scores by `rewards.sigmoid_scores`, (B,), around those in the column `reference_scores`.
+
+    Raises:
+        ValueError: A reward function has paid in parts, which have no sigmoid.
+    """
+    if rollout.placed is not None:
+        raise ValueError(
+            "reward_sigmoid=True shapes the score of a whole completion, and a reward function has paid parts of one: "
+            "return one number for each completion, or set reward_sigmoid=False."
+        )
+    return sigmoid_scores(rollout.scores, [reference_scores(row[REFERENCES]) for row in rows])
 
 
 @torch.no_grad()
@@ -226,7 +294,7 @@ def score_tokens(
     action of the policy: it has no value, no advantage, and is in no pass here.
 
     In passes over sequences of like length, each of at most `batch_size` times the tokens of the longest one. Each role
-    has its own: rows of several adapters in one pass were slower (docs/memory.md, "One pass, several roles").
+    has its own: rows of several adapters in one pass were slower (docs/results/memory.md).
     """
     roles = (Role.POLICY, Role.REFERENCE, Role.CRITIC) if with_reference else (Role.POLICY, Role.CRITIC)
     parts = rollout.parts(max_tokens=batch_size * rollout.longest())
@@ -239,20 +307,20 @@ def score_tokens(
 
 def add_kl_and_rewards(rollout: Rollout, *, estimator: str, beta: float) -> None:
     """Fill `kl` and `rewards` from `shaped_scores`: the penalty on every token, the score on the last one."""
-    mask = rollout.completion_mask.bool()
+    mask = rollout.actions
     if rollout.reference_logps is None:
         rollout.kl = torch.zeros_like(rollout.logps)
     else:
         rollout.kl = torch.where(mask, kl_estimate(rollout.logps, rollout.reference_logps, estimator), 0.0)
-    rollout.rewards = token_rewards(rollout.shaped_scores, rollout.kl, mask, beta)
+    rollout.rewards = token_rewards(rollout.shaped_scores, rollout.kl, mask, beta, rollout.placed)
 
 
 def add_advantages(
     rollout: Rollout,
     *,
     gamma: float,
-    lam: float,
-    value_lam: float,
+    lam: float | Tensor,
+    value_lam: float | Tensor,
     whiten: bool,
     clip: float | None,
     reduce: Reduce | None = None,
@@ -271,12 +339,12 @@ def add_advantages(
     Source: Pan et al. 2026, EVPO (arXiv 2604.19485): a critic lowers the variance of the advantages where its explained
     variance is above 0, and raises it elsewhere.
     """
-    mask = rollout.completion_mask.bool()
-    advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, gamma, lam)
-    if value_lam != lam:
-        _, rollout.returns = gae(rollout.rewards, rollout.values, mask, gamma, value_lam)
+    mask, estimate = rollout.actions, gae if rollout.action_mask is None else gae_over_actions
+    advantages, rollout.returns = estimate(rollout.rewards, rollout.values, mask, gamma, lam)
+    if not (value_lam is lam or (isinstance(lam, float | int) and value_lam == lam)):
+        _, rollout.returns = estimate(rollout.rewards, rollout.values, mask, gamma, value_lam)
     if not trust_critic:
-        sums, _ = gae(rollout.rewards, torch.zeros_like(rollout.values), mask, gamma, 1.0)
+        sums, _ = estimate(rollout.rewards, torch.zeros_like(rollout.values), mask, gamma, 1.0)
         rollout.baseline_is_critic = float(explained_variance(rollout.values, sums, mask, reduce=reduce)) > 0
         if not rollout.baseline_is_critic:
             advantages = torch.where(mask, sums - masked_mean_var(sums, mask, reduce)[0], 0)

@@ -34,6 +34,7 @@ class PPOState:
         rollouts: How many batches there have been.
         steps: Hold the size of updates.
         penalty: Moves the coefficient of the KL in the loss, with `policy_objective="kl_penalty"`.
+        passes: Optimizer steps of an update, of a pass in it, and passes in one of which the policy takes part.
     """
 
     kl: KLController
@@ -42,19 +43,26 @@ class PPOState:
     rollouts: int = 0
     steps: StepControls = field(default_factory=lambda: StepControls(0.0, 1))
     penalty: PenaltyKL | None = None
+    passes: tuple[int, int, int] = (1, 1, 1)
 
     @classmethod
     def of_run(cls, args: Any) -> "PPOState":
         """The state in which a run with this `PPOMaxConfig` begins."""
-        steps = StepControls(args.update_kl_target, args.steps_per_update)
+        passes = args.steps_per_update, args.steps_per_update // args.num_iterations, args.critic_updates
+        steps = StepControls(args.update_kl_target, passes[0], passes[0] // args.critic_updates)
         warmup = args.warmup_of_critic(max(args.max_steps, 0))
         penalised = args.policy_objective == "kl_penalty"
         penalty = PenaltyKL(args.kl_penalty_coef, args.update_kl_target) if penalised else None
-        return cls(make_kl_controller(args), warmup, steps=steps, penalty=penalty)
+        return cls(make_kl_controller(args), warmup, steps=steps, penalty=penalty, passes=passes)
 
     def in_warmup(self, step: int) -> bool:
         """Whether this optimizer step trains the critic only."""
         return step < self.policy_start
+
+    def policy_waits(self, step: int) -> bool:
+        """Whether this optimizer step trains the critic only: in its warm-up, and in passes that are its own."""
+        of_update, of_pass, critic_updates = self.passes
+        return self.in_warmup(step) or step % of_update // of_pass % critic_updates > 0
 
     def record_rollout(
         self, kl: float | None, explained_variance: float, step: int, samples: int, threshold: float | None = None

@@ -37,11 +37,12 @@ def policy_distance(rows: Rows, logps: Tensor, reduce: Reduce) -> float:
     Source: Schulman, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
 
     Args:
-        rows: Of a rollout: "completion_mask" and "logps", those at sampling, (B, T) each.
+        rows: Of a rollout: "completion_mask", "action_mask" where there is one, and "logps", those at sampling, (B, T)
+            each.
         logps: Those of the policy now, (B, T).
         reduce: Sums a small tensor over all processes.
     """
-    mask = rows["completion_mask"].bool()
+    mask = _mask(rows)
     old, new = (torch.where(mask, x.detach().float(), 0) for x in (rows["logps"], logps))
     return _ratio(kl_estimate(old, new, "k3").sum(), old.new_tensor(float(len(mask))), reduce)
 
@@ -57,9 +58,13 @@ def critic_distance(rows: Rows, values: Tensor, reduce: Reduce) -> float:
         values: Those of the critic now, (B, T).
         reduce: Sums a small tensor over all processes.
     """
-    mask, old = rows["completion_mask"].bool(), rows["values"].float()
+    mask, old = _mask(rows), rows["values"].float()
     moved, error = (torch.where(mask, (x.detach().float() - old).square(), 0).sum() for x in (values, rows["returns"]))
     return _ratio(moved, error, reduce)
+
+
+def _mask(rows: Rows) -> Tensor:
+    return rows.get("action_mask", rows["completion_mask"]).bool()
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, reduce: Reduce) -> float:
@@ -216,12 +221,13 @@ class StepControls(dict[Role, StepControl]):
     Args:
         update_kl_target: Of the policy, nats a sequence; 0 for no control of any role.
         steps: Optimizer steps of an update.
+        policy_steps: Those that the policy takes part in. Default: all.
     """
 
-    def __init__(self, update_kl_target: float, steps: int):
+    def __init__(self, update_kl_target: float, steps: int, policy_steps: int | None = None):
         super().__init__()
         if update_kl_target > 0:
-            self[Role.POLICY] = StepControl(update_kl_target, steps, rests=True)
+            self[Role.POLICY] = StepControl(update_kl_target, policy_steps or steps, rests=True)
             self[Role.CRITIC] = StepControl(CRITIC_TARGET, steps, rests=False)
 
     def of_groups(self, groups: Iterable[dict[str, Any]]) -> Iterable[tuple[StepControl, dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """PPO-Max on TRL: `RLOOTrainer` with a critic, by two overridden methods."""
 
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -19,11 +20,13 @@ from trl_ext.ppo.completing import CompletesPrompts
 from trl_ext.ppo.config import PPOMaxConfig
 from trl_ext.ppo.data import PTXBatches, check_inputs, longest_request, ptx_batches
 from trl_ext.ppo.guard import completion_figures
-from trl_ext.ppo.losses import kl_penalty_loss, policy_loss, value_loss
+from trl_ext.ppo.losses import best_answers_loss, dis_loss, kl_penalty_loss, policy_loss, value_loss
+from trl_ext.ppo.rewards import best_answer_weights
 from trl_ext.ppo.rollout import Rollout, collect
 from trl_ext.ppo.sets import SeveralSets
 from trl_ext.ppo.state import PPOState
 from trl_ext.ppo.step import OUTPUT, Rows
+from trl_ext.ppo.turns import RolloutFunction, TakesTurns
 from trl_ext.ppo.watching import WatchCallback
 from trl_ext.roles import (
     Role,
@@ -45,7 +48,7 @@ AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatase
 PROBE, LEAST = 4, 4  # an update is checked on one in so many rows of the rollout, and at least so many
 
 
-class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, RLOOTrainer):
+class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, CompletesPrompts, RLOOTrainer):
     """Proximal policy optimisation with the stability tricks of PPO-Max, on TRL's online loop.
 
     Source: Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO" (arXiv 2307.04964); Schulman et
@@ -60,6 +63,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
         train_dataset: Column `prompt`, plain or conversational; other columns reach the reward functions.
         eval_dataset: The same, for `eval_strategy`.
         ptx_dataset: Texts for PPO-ptx, needed when `ptx_coef` is above 0 (see `PTXBatches`).
+        rollout_func: As in `GRPOTrainer`: completes prompts in its own way, in several turns too (see `turns`).
         processing_class: Tokenizer; default: the model's.
         reward_processing_classes, callbacks, optimizers: As in `RLOOTrainer`.
         quantization_config, peft_config: For a model given by id or, `peft_config` only, as a `PreTrainedModel`.
@@ -90,6 +94,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any = None,
         ptx_dataset: Dataset | None = None,
+        rollout_func: RolloutFunction | None = None,
     ):
         base_name = str(model if isinstance(model, str) else model.config.name_or_path)
         args = args or PPOMaxConfig(f"{base_name.split('/')[-1]}-PPO")
@@ -97,6 +102,9 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
         init_kwargs = {"trust_remote_code": args.trust_remote_code, **given}
 
         # 1. Everything that can be wrong without a model
+        if rollout_func is not None and args.vllm_server_url is not None:
+            raise ValueError(f"rollout_func and vllm_server_url={args.vllm_server_url!r} do not go together: drop one.")
+        self.rollout_func = rollout_func
         kept = {k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs}
         tokenizer: Any = processing_class or load_tokenizer(base_name, truncation_side="left", **kept)
         tokenizer.padding_side = "left"
@@ -150,12 +158,15 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
+        if args.critic_freeze_attention:
+            model.freeze_attention(Role.CRITIC)
         check_engine(self.accelerator, model, args.optim)
         args.warn_about_off_policy_sampling()
         if args.vllm_server_url is not None:
             self.use_server(self.encoder, longest_request(args, self.encoder, train_dataset, eval_dataset))
 
         # 4. What PPO adds
+        self.reward_sources = sources
         engine = zero_stage(self.accelerator) > 0 or is_fsdp(self.accelerator)
         self.create_optimizer()
         self.timer = logging.PhaseTimer()
@@ -177,11 +188,12 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
             watched,
             optimizer=lambda: self.optimizer,
             checkpoint=lambda: self.loader.folder,
+            went_back=self.drop_ahead,
             whole=not engine,
         )
         self.add_callback(state_callback)
         self.add_callback(self.watch)
-        self.save_beside = self.watch.save
+        self.save_beside = self._save_beside
         facts = reward_facts(sources.functions) | data_facts("train_dataset", train_dataset)
         if args.ptx_coef > 0:
             facts |= data_facts("ptx_dataset", ptx_dataset)
@@ -227,6 +239,9 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
             reduce=self._sum,
             device=device,
             phase=timer.phase,
+            placed=self.reward_sources.take_placed,
+            env_mask=self.env_mask,
+            warming_up=state.in_warmup(step),
         )
         timer.tokens |= {"generate": int(rollout.completion_mask.sum()), "score": rollout.tokens()}
 
@@ -255,6 +270,9 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
             self._logs["extra"][name].extend(column)
 
         # 4. What the update needs
+        if args.best_lm_coef > 0:
+            scores, lengths = rollout.scores, rollout.actions.sum(1)
+            rollout.best_weights = best_answer_weights(scores, lengths, args.best_lm_score, self._per_micro_batch)  # type: ignore[arg-type]
         return rollout.update_batch() | {"num_tokens": self._tokens_per_micro_batch(rollout)}
 
     # ------------------------------------------------------------------ the second seam: loss
@@ -264,7 +282,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
         args = self.args
         num_tokens = inputs["num_tokens"]
         batch = Rollout.from_update_batch(inputs)
-        mask = batch.completion_mask.bool()
+        mask = batch.actions
         if not self.model.training:  # nothing has moved since the rollout: the losses at ratio 1, without a pass
             outputs = {"logps": batch.logps, "values": batch.values}
         else:
@@ -287,6 +305,9 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
             stats |= {"policy_loss": policy, **policy_stats}
             if args.entropy_coef > 0 and "entropy" in outputs:
                 terms["entropy"] = -args.entropy_coef * outputs["entropy"].sum() / num_tokens
+            if batch.best_weights is not None:
+                stats["best_lm_loss"] = best_answers_loss(outputs["logps"], mask, batch.best_weights)
+                terms["best_lm_loss"] = args.best_lm_coef * stats["best_lm_loss"]
             if "ptx_loss" in outputs:
                 terms["ptx_loss"] = args.ptx_coef * outputs["ptx_loss"]
                 stats["ptx_loss"] = outputs["ptx_loss"]
@@ -305,9 +326,9 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
             self._metrics[mode][name].append(float(value))
 
     def _pass(self, model: Any, batch: Rollout) -> dict[str, Tensor]:
-        """One pass of each role that is trained now; the policy is not in the warm-up, and where its step is spent."""
+        """One pass of each role that is trained now; the policy is not where it waits, and where its step is spent."""
         state = self.ppo_state
-        waits = state.in_warmup(self.state.global_step) or state.steps.resting(Role.POLICY)
+        waits = state.policy_waits(self.state.global_step) or state.steps.resting(Role.POLICY)
         outputs: dict[str, Tensor] = model(
             parts=batch.parts(),
             roles=(Role.CRITIC,) if waits else (Role.POLICY, Role.CRITIC),
@@ -325,6 +346,11 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
         if penalty is not None:
             loss, stats = kl_penalty_loss(*given, penalty.coef, **options)
             return loss, stats | {"kl_penalty_coef": loss.new_tensor(penalty.coef)}
+        if self.args.policy_objective == "dis":  # its ratio is to the engine, where one sampled: no weights beside it
+            sampled = batch.logps if batch.sampler_logps is None else batch.sampler_logps
+            bounds = self.epsilon_low, self.epsilon_high
+            loss, stats = dis_loss(logps, sampled, batch.advantages, mask, *bounds, num_tokens=num_tokens)
+            return loss, {"clip_fraction/policy": stats.pop("clip_fraction"), **stats}
         loss, stats = policy_loss(*given, self.epsilon_low, self.epsilon_high, **options)
         return loss, {"clip_fraction/policy": stats.pop("clip_fraction"), **stats}
 
@@ -355,20 +381,28 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, R
         As the denominator of every micro-batch, whatever its own length, it makes the mean over micro-batches and
         processes the token mean of the whole batch.
         """
-        total = self._sum(rollout.completion_mask.sum().float())
+        return self._per_micro_batch(rollout.actions.sum().float())
+
+    def _per_micro_batch(self, count: Tensor) -> Tensor:
+        """This process's count in a rollout batch, as that of all processes / their micro-batches; at least 1."""
         parts = self.args.steps_per_generation if self.model.training else 1
-        return (total / (parts * self.accelerator.num_processes)).clamp(min=1)
+        return (self._sum(count) / (parts * self.accelerator.num_processes)).clamp(min=1)
 
     def _function_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Tensor:
         """(B, F): this process's rows of what the reward functions return, NaN where one does not apply."""
         if not self.reward_funcs:
             return torch.zeros(len(prompts), 0, device=self.accelerator.device)
-        gathered = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+        gathered = self._calculate_rewards(self.with_extra_fields(inputs), prompts, completions, completion_ids)
         start = self.accelerator.process_index * len(prompts)
         return gathered[start : start + len(prompts)]
 
     def _restart(self, micro_batches: int) -> None:  # with a fresh rollout, so many micro-batches into the run
         self._step, self._buffered_inputs = micro_batches, None
+
+    def _save_beside(self, checkpoint: Path) -> None:
+        self.watch.save(checkpoint)
+        if self.ahead is not None:
+            self.ahead.save(checkpoint)
 
     def _card(self, *named: Any) -> str:
         others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]

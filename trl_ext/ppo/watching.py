@@ -30,6 +30,7 @@ class WatchCallback(TrainerCallback, ExportableState):
         watched: Names of rewards that are measured and not trained on.
         optimizer: Gives the trainer's; its groups are named by "role".
         checkpoint: Gives the folder that training goes on from.
+        went_back: Called when the policy was set back to an earlier one.
         whole: Whether this process holds whole weights and states, which can be copied and written back.
     """
 
@@ -41,9 +42,11 @@ class WatchCallback(TrainerCallback, ExportableState):
         *,
         optimizer: Callable[[], Any],
         checkpoint: Callable[[], str | None],
+        went_back: Callable[[], None] = lambda: None,
         whole: bool = True,
     ):
         self.args, self.ppo_state, self.optimizer, self.checkpoint = args, ppo_state, optimizer, checkpoint
+        self.went_back = went_back
         held = args.beta > 0 and args.kl_control != "fixed"
         possible = {"raise_beta": args.beta > 0, "step_back": whole, "stop": True}
         acts = [act for act in args.guard_acts if possible[act]]
@@ -103,6 +106,7 @@ class WatchCallback(TrainerCallback, ExportableState):
         if self.going_back and self.snapshots["good"].info:
             good = self.snapshots["good"]
             good.restore(self.optimizer())
+            self.went_back()
             self._set_pace(self.pace / FACTOR)
             LOGGER.warning("guard, step %d: the policy of step %d is back", state.global_step, int(good.info["step"]))
         self.going_back = False
@@ -163,8 +167,8 @@ class WatchCallback(TrainerCallback, ExportableState):
         kept = [f"the {name} policy, of step {int(s.info['step'])}," for name, s in self.snapshots.items() if s.info]
         return (
             f"the guard stopped the run: {self.guard.state.stopped}. In {self.args.output_dir} lies "
-            f"{kept[-1] if kept else 'the last policy,'} with its critic. docs/tuning.md says what each alarm means; "
-            "guard_acts=[] lets a run go on whatever is seen."
+            f"{kept[-1] if kept else 'the last policy,'} with its critic. The documentation (tuning) says what each "
+            "alarm means; guard_acts=[] lets a run go on whatever is seen."
         )
 
 

@@ -21,7 +21,8 @@ from trl_ext.run_identity import MAY_CHANGE
 
 METHOD = ("length", "batch")  # of what may change when a run goes on, what is no setting of the machine
 NOT_METHOD = frozenset(name for group, names in MAY_CHANGE.items() if group not in METHOD for name in names)
-NOT_METHOD |= {"logging_dir", "hub_token"}
+NOT_METHOD |= {"logging_dir", "hub_token", "pad_to_multiple_of"}
+NOT_METHOD |= {"generation_batch_size"}  # follows from `steps_per_generation`
 ROWS, SAMPLES, LONGEST = 12, 5, 1200
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -83,6 +84,27 @@ class CardKind:
     matters: Sequence[str]
     columns: Sequence[str]
     required: str
+
+
+def loading(facts: CardFacts, scorer: bool = False) -> list[str]:
+    """Lines of Python that load the adapter with its base, by its id where that is known.
+
+    Args:
+        scorer: Whether it is a reward model, and no policy.
+    """
+    kind, name, more = "CausalLM", "policy", ""
+    if scorer:
+        kind, name, more = "SequenceClassification", "model", ", num_labels=1"
+    return [
+        "```python",
+        f"from peft import AutoPeftModelFor{kind}",
+        "from transformers import AutoTokenizer",
+        "",
+        f'name = "{facts.args.hub_model_id or "<id of this model>"}"',
+        f"{name} = AutoPeftModelFor{kind}.from_pretrained(name{more})",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        "```",
+    ]
 
 
 def write_card(folder: str | Path, card: str) -> None:

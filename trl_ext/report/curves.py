@@ -7,6 +7,7 @@ import html
 import io
 import math
 import re
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -255,6 +256,69 @@ def reward_against_kl(runs: Sequence[RunFiles]) -> Drawn | None:
     )
     panel = Panel("Reward against KL", {}, caption)
     return Drawn(panel, svg_text(figure, f"{panel.title}: {caption}"), legend, [])
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy in the picture of reward against KL; intervals are (low, high) or None."""
+
+    name: str
+    kl: float
+    kl_interval: tuple[float, float] | None
+    reward: float
+    reward_interval: tuple[float, float] | None
+
+
+def draw_points(points: Sequence[Point]) -> Drawn | None:
+    """Policies as reward over KL with their intervals, the first one, the reference, as a cross; None for none."""
+    if not points:
+        return None
+    figure, axis = _figure(WIDE)
+    colors = [INK, *SERIES]
+    _points(axis, points, colors)
+    _plain(axis)
+    axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axis.set(xlabel="KL from the reference, nats a completion", ylabel="reward")
+    caption = (
+        "What each policy gained, and how far it went for it; lines are 95 % intervals over the prompts, the cross is "
+        "the reference. Better policies are up and to the left."
+    )
+    legend = [Legend((i - 1) % 6, 0, True, point.name) for i, point in enumerate(points) if i]
+    panel = Panel("Reward against KL", {}, caption)
+    return Drawn(panel, svg_text(figure, f"{panel.title}: {caption}"), legend, [])
+
+
+def write_points(points: Sequence[Point], path: Path) -> None:
+    """The same as a PNG, with the names in it; nothing for no points."""
+    if not points:
+        return
+    figure = Figure(figsize=WIDE, layout="constrained")
+    axis = figure.subplots()
+    _points(axis, points, ["#20262b", "#2f6690", "#c8553d", "#3a7d44", "#8a5a9e", "#b0820f", "#54707f"])
+    axis.set(xlabel="KL from the reference, nats a completion", ylabel="reward")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles, [_plain_name(label) for label in labels], frameon=False, fontsize=8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a script that the font has not
+        figure.savefig(path, dpi=130)
+
+
+def _plain_name(name: str) -> str:
+    """A name for a legend of matplotlib's: short, of signs that can be seen, none of them mathematics."""
+    return "".join(sign if sign.isprintable() else " " for sign in name[:60]).replace("$", r"\$")
+
+
+def _points(axis: Axes, points: Sequence[Point], colors: Sequence[str]) -> None:
+    for i, point in enumerate(points):
+        sides = []
+        for value, interval in ((point.kl, point.kl_interval), (point.reward, point.reward_interval)):
+            low, high = interval or (value, value)
+            sides.append([[max(value - low, 0.0)], [max(high - value, 0.0)]])
+        marks: dict[str, Any] = {"fmt": "o" if i else "x", "markersize": 6, "linewidth": 1.2, "label": point.name}
+        axis.errorbar(point.kl, point.reward, xerr=sides[0], yerr=sides[1], color=colors[i % len(colors)], **marks)
 
 
 def _means(rows: np.ndarray, most: int) -> np.ndarray:

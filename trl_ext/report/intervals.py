@@ -9,12 +9,13 @@ sampling of prompts (and of one completion each); it knows nothing of other seed
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from trl_ext.report.lines import Line
 from trl_ext.report.loading import is_number
+from trl_ext.report.samples import pair_shares, text_of
 
 RESAMPLES, SEED = 2000, 0
 SHARE = 0.95
@@ -49,7 +50,11 @@ class Change:
 
 
 def compare(
-    name: str, before: Sequence[Any], after: Sequence[Any], better: bool | None = None, ratio: bool = False
+    name: str,
+    before: Sequence[Any],
+    after: Sequence[Any],
+    better: bool | None = None,
+    kind: Literal["mean", "ratio", "perplexity"] = "mean",
 ) -> Change:
     """Means of paired values, and intervals by resampling the pairs.
 
@@ -57,7 +62,8 @@ def compare(
         name: Of the figure.
         before, after: N values each, of the same prompts in the same order.
         better: See `Change`.
-        ratio: Values are (N, 2): numerator and denominator of exp(sum / sum), as perplexities are.
+        kind: "mean" of the values; or they are (N, 2), numerator and denominator: "ratio" is sum / sum, "perplexity"
+            exp(sum / sum).
 
     Raises:
         ValueError: Not as many after as before, or none.
@@ -68,9 +74,10 @@ def compare(
 
     def mean(values: np.ndarray) -> np.ndarray:
         """(..., N), or (..., N, 2) -> (...)."""
-        if not ratio:
+        if kind == "mean":
             return values.mean(-1)
-        return np.exp(values[..., 0].sum(-1) / np.maximum(values[..., 1].sum(-1), 1))
+        ratio = values[..., 0].sum(-1) / np.maximum(values[..., 1].sum(-1), 1)
+        return np.exp(ratio) if kind == "perplexity" else ratio
 
     found: list[tuple[float, float] | None] = [None, None, None]
     if len(x) >= FEWEST:
@@ -102,17 +109,20 @@ def changes(before: Mapping[str, Line], after: Mapping[str, Line]) -> list[Chang
     found = column("reward", lambda row: row.get("reward"), True)
     names = list(dict.fromkeys(name for key in keys for name in (before[key].get("rewards") or {})))
     if len(names) > 1:
-        for name in names:
+        for name in (name for name in names if name != "reward"):
             found += column(name, lambda row, name=name: (row.get("rewards") or {}).get(name), True)  # type: ignore[misc]
     found += column("KL from the reference, nats", lambda row: row.get("kl"), None)
     found += column("length, tokens", lambda row: row.get("tokens"), None)
     found += column("share cut by the length limit", lambda row: _share(row.get("truncated")), False)
+    texts = [[text_of(rows[key].get("completion")) for key in keys] for rows in (before, after)]
+    if keys:  # how often a pair of words stands in all texts is not drawn anew
+        found.append(compare("distinct-2", pair_shares(texts[0]), pair_shares(texts[1]), True, kind="ratio"))
     for name, key in (("perplexity under the reference", "reference_nll"), ("perplexity under the policy", "nll")):
         rows = [(before[k], after[k]) for k in keys]
         pairs = [tuple((row.get(key), row.get("tokens")) for row in both) for both in rows]
         pairs = [both for both in pairs if all(is_number(value) for row in both for value in row)]
         if pairs:
-            found.append(compare(name, [x for x, _ in pairs], [y for _, y in pairs], ratio=True))
+            found.append(compare(name, [x for x, _ in pairs], [y for _, y in pairs], kind="perplexity"))
     return found
 
 

@@ -39,9 +39,9 @@ class RunFiles:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """Of the run; empty where it is not known."""
-        found = self.info.get("configuration")
-        return found if isinstance(found, dict) else {}
+        """Of the run, and the other flags of its command; empty where it is not known."""
+        found = [self.info.get(name) for name in ("options", "configuration")]
+        return {name: value for part in found if isinstance(part, dict) for name, value in part.items()}
 
     @property
     def names(self) -> set[str]:

@@ -23,6 +23,7 @@ from trl_ext.report.samples import text_of
 
 SHOWN, TRAINING_SHOWN = 40, 40  # samples in the browser, and completions of the training
 LONGEST = 3000  # characters of a text in it
+OUTCOME = ("Before and after", "Evaluation")  # of policies, of reward models alone
 MOST_RUNS = 6  # as many as there are colours
 # Control characters are shown as signs; line breaks and tabs do what they do
 # and those that turn the direction of a text, which would let it read as another one
@@ -66,25 +67,12 @@ def write_page(folders: Sequence[str | Path], path: str | Path) -> Path:
 
 def render(runs: Sequence[RunFiles]) -> str:
     """The page of one run, or of several, as text."""
-    environment = Environment(
-        loader=PackageLoader("trl_ext.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "words": words,
-        "last_part": last_part,
-        "number": number,
-        "visible": visible,
-        "interval": interval,
-        "when": when,
-    }
     pictures = [draw(panel, runs) for panel in _panels(runs)]
     frontier = reward_against_kl(runs)
     context = {
         "runs": [_facts(run, i) for i, run in enumerate(runs)],
         "many": len(runs) > 1,
+        "outcome_title": OUTCOME[all(run.info.get("method") == "Reward" for run in runs)],
         "pictures": pictures,
         "thinned": list(dict.fromkeys(note for picture in pictures for note in picture.notes)),
         "frontier": frontier,
@@ -94,7 +82,26 @@ def render(runs: Sequence[RunFiles]) -> str:
         "resamples": RESAMPLES,
         "longest": LONGEST,
     }
-    return environment.get_template("report.html").render(context)
+    return environment().get_template("report.html").render(context)
+
+
+def environment() -> Environment:
+    """The template engine of every page: it escapes, and knows the words below."""
+    made = Environment(
+        loader=PackageLoader("trl_ext.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "words": words,
+        "last_part": last_part,
+        "number": number,
+        "visible": visible,
+        "interval": interval,
+        "when": when,
+    }
+    return made
 
 
 def _panels(runs: Sequence[RunFiles]) -> list[Any]:
@@ -127,6 +134,7 @@ def _facts(run: RunFiles, index: int) -> dict[str, Any]:
         "all_training": len(run.training),
         "pairs": most_wrong(run),
         "all_pairs": len(run.pairs),
+        "evaluation": judgement(run),
         "options": options(run),
         "duration": duration(run.info),
     }
@@ -242,6 +250,13 @@ def most_wrong(run: RunFiles) -> list[dict[str, Any]]:
         | {f"{name}_score": number(pair[f"{name}_score"]) for name in ("chosen", "rejected")}
         for pair in pairs
     ]
+
+
+def judgement(run: RunFiles) -> list[tuple[str, str]]:
+    """Rows of the evaluation of a reward model: what it is, and its value as text."""
+    rows = run.info.get("evaluation")
+    pairs = [row for row in rows if isinstance(row, list) and len(row) == 2] if isinstance(rows, list) else []
+    return [(str(label), str(value)) for label, value in pairs]
 
 
 def _training_sample(line: Line) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class RunRecorder(TrainerCallback):
         self.folder = Path(str(args.output_dir))
         self.metrics, self.samples = JsonLines(self.folder / METRICS), JsonLines(self.folder / SAMPLES)
         self.run: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}  # of a command, beside the configuration: set before training
         self.begun = False  # whether there has been a training, whose files these are
         self.training = False
         self._waiting: dict[str, list[Line]] = {"metrics": [], "samples": []}  # of evaluations before it
@@ -119,6 +120,14 @@ class RunRecorder(TrainerCallback):
         if self.writes and self.begun:
             with explained_writing(self.folder):
                 self.samples.append([{"kind": "pair", "step": step, **pair} for pair in pairs[:EVALUATED]])
+
+    def judged(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Write down what an evaluation of a reward model has found, (label, value) each, and the report with it."""
+        if self.writes and self.begun:
+            self.run["evaluation"] = [list(row) for row in rows]
+            self._write_run()
+            if not self.training:
+                self.write_report()
 
     def failed(self, error: BaseException, step: int) -> None:
         """Write down that training has ended with an error."""
@@ -229,6 +238,7 @@ class RunRecorder(TrainerCallback):
             "hardware": machine.hardware(args.device, args.world_size),
             "memory": {"planned_gib": None, "measured_gib": None},
             "configuration": configuration_of(args),
+            "options": strict(self.options),
             "defaults": defaults_of(args),
         }
         self._write_run()

@@ -13,14 +13,14 @@ EVALUATED = 1000  # of an evaluation, the first so many are kept
 MOMENTS, AT_A_MOMENT = 50, 4  # of the training, completions at so many moments
 
 
-def keyed(rows: Sequence[Line]) -> list[Line]:
-    """Rows of one evaluation with a `key` each, by which a prompt is found again in the next one.
+def keyed(rows: Sequence[Line], most: int = EVALUATED) -> list[Line]:
+    """The first rows of one evaluation, with a `key` each, by which a prompt is found again in the next one.
 
     It is a digest of the prompt; of prompts that are alike each has a number.
     """
     seen: Counter[str] = Counter()
     found = []
-    for row in rows[:EVALUATED]:
+    for row in rows[:most]:
         digest = hashlib.sha256(as_json(row["prompt"]).encode()).hexdigest()[:12]
         found.append({"key": f"{digest}#{seen[digest]}", **row})
         seen[digest] += 1
@@ -64,3 +64,25 @@ def text_of(content: Any) -> str:
             return written[0][1]
         return "\n\n".join(f"{role}: {part}" for role, part in written)
     return json.dumps(strict(content), ensure_ascii=False)
+
+
+def pair_shares(texts: Sequence[str]) -> list[tuple[float, int]]:
+    """What each text adds to the variety of all of them, so that distinct-2 is a ratio of sums over texts.
+
+        a_i = sum over the pairs of neighbouring words of text i of 1 / how often the pair stands in all texts
+        distinct-2 = different pairs / pairs = sum_i a_i / sum_i pairs_i
+
+    Source: Li et al. 2016 (arXiv 1510.03055) for distinct-2.
+
+    Returns:
+        (a_i, pairs_i) of each text.
+    """
+    pairs = [list(zip(text.split(), text.split()[1:], strict=False)) for text in texts]
+    counts = Counter(pair for own in pairs for pair in own)
+    return [(sum(1 / counts[pair] for pair in own), len(own)) for own in pairs]
+
+
+def distinct_2(texts: Sequence[str]) -> float:
+    """Different pairs of words / pairs of words, over all texts together; see `pair_shares`."""
+    shares = pair_shares(texts)
+    return sum(share for share, _ in shares) / max(sum(count for _, count in shares), 1)

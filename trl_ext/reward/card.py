@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trl_ext.report.cards import CardFacts, CardKind, whole_card
+from trl_ext.report.cards import CardFacts, CardKind, loading, whole_card
 from trl_ext.reward.metrics import result_rows
 
 KIND = CardKind(
@@ -41,11 +41,7 @@ def model_card(facts: CardFacts, scale: Any, results: Mapping[str, Any]) -> str:
     body = [
         f"A reward model: a LoRA adapter and a scalar head on `{facts.base_name}`, trained with trl_ext.",
         "",
-        "```python",
-        "from peft import AutoPeftModelForSequenceClassification",
-        "",
-        'model = AutoPeftModelForSequenceClassification.from_pretrained("this repository", num_labels=1)',
-        "```",
+        *loading(facts, scorer=True),
         "",
         "## Scale of the scores",
         "",

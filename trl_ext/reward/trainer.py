@@ -26,7 +26,7 @@ from trl_ext.reward.card import model_card
 from trl_ext.reward.config import RewardModelConfig
 from trl_ext.reward.data import TRAINING, overlap, prepare_tokenizer, tokenize_preferences
 from trl_ext.reward.losses import centering_losses, imitation_loss, pair_losses
-from trl_ext.reward.metrics import evaluate_pairs
+from trl_ext.reward.metrics import evaluate_pairs, result_rows
 from trl_ext.reward.pair_statistics import accuracy_by_source
 from trl_ext.reward.scoring import make_collator, response_lengths, score_batches
 from trl_ext.roles import (
@@ -265,7 +265,7 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
     def evaluate_pairs(
         self, dataset: Dataset | None = None, *, scores: dict[str, Tensor] | None = None
     ) -> dict[str, Any]:
-        """All of `reward.metrics.evaluate_pairs`, and the accuracy by `source` where there are any, kept for the card.
+        """All of `reward.metrics.evaluate_pairs`, and accuracy by `source`; kept for the card and the report.
 
         Args:
             dataset: rows to score. Default: `eval_dataset`, the first of several.
@@ -281,6 +281,7 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
         if "sources" in scores:
             columns = {name: scores[name] for name in ("chosen", "rejected", "sources")}
             self.evaluation |= accuracy_by_source(**columns, names=self._sources)
+        self.recorder.judged(result_rows(self.evaluation))
         return self.evaluation
 
     def measure_scale(self) -> RewardScale:

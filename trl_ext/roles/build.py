@@ -8,9 +8,9 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from trl_ext.roles.adapters import check_same_scaling, read_adapter
+from trl_ext.roles.adapters import SCALING_FIELDS, check_same_scaling, read_adapter
 from trl_ext.roles.base import load_base, load_base_config
-from trl_ext.roles.identity import check_adapter_fits, describe_base, describe_config
+from trl_ext.roles.identity import check_adapter_fits, check_same_base, describe_base, describe_config
 from trl_ext.roles.role import Role
 from trl_ext.roles.shared_model import SharedBaseModel
 
@@ -92,3 +92,28 @@ def tuned_policy(
     model = SharedBaseModel(base, start, rewards, with_critic=False)
     model.set_weights(Role.POLICY.adapter_name, tuned.weights or {})
     return model
+
+
+def swap_policy(model: SharedBaseModel, policy_adapter: str | Path) -> bool:
+    """Give a `tuned_policy` the weights of another tuned adapter, if that has the same layers, rank and scaling.
+
+    Args:
+        model: Whose policy is replaced.
+        policy_adapter: Folder or Hub id.
+
+    Returns:
+        Whether it was replaced: an adapter of another form needs a model of its own.
+
+    Raises:
+        ValueError: The adapter was trained on another base.
+    """
+    named = f"policy_adapter ({policy_adapter})"
+    tuned = read_adapter(policy_adapter, "policy_adapter")
+    own: Any = model.peft_config[Role.POLICY.adapter_name]
+    check_same_base(tuned, model.base_record, named)
+    if set(own.target_modules) != set(tuned.config.target_modules or ()) or any(
+        getattr(own, field) != getattr(tuned.config, field) for field in SCALING_FIELDS
+    ):
+        return False
+    model.set_weights(Role.POLICY.adapter_name, tuned.weights or {})
+    return True

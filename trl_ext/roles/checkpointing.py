@@ -33,6 +33,5 @@ def enable_checkpointing(model: SwitchedModel, checkpointing_kwargs: dict[str, A
     # `Trainer` takes these two out of its arguments itself, TRL does not.
     options |= {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
     base = model.get_base_model()
-    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-    enable({**kwargs, "context_fn": contexts}, **options)
+    base.activation_checkpointing_enable({**kwargs, "context_fn": contexts}, **options)
     base.disable_input_require_grads()  # only reentrant checkpointing needs a gradient at the embeddings

@@ -101,6 +101,17 @@ def score_parts(model: SwitchedModel, parts: list[PackedBatch]) -> Tensor:
     return _by_each_member(model, scored_states)
 
 
+def score_response_tokens(model: SwitchedModel, parts: list[PackedBatch], shape: tuple[int, int]) -> Tensor:
+    """N packed sequences -> (N, T, K): each reward adapter's head on the token before each response token."""
+    parts = same_number_of_passes(model, parts)
+
+    def states() -> Tensor:
+        return torch.cat([packed_hidden_states(model.backbone, part).index_select(0, part.sources) for part in parts])
+
+    members = _by_each_member(model, states).unbind(-1)
+    return torch.stack([by_sequence(parts, [scores], shape)[0] for scores in members], dim=-1)
+
+
 def _by_each_member(model: SwitchedModel, scored_states: Callable[[], Tensor]) -> Tensor:
     """(N, K): the head of each reward adapter on the (N, H) that `scored_states` computes under it, normalised."""
     scores = []

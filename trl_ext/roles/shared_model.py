@@ -241,6 +241,16 @@ class SharedBaseModel(SwitchedModel):
         return passes.score_parts(self, parts)
 
     @torch.no_grad()
+    def score_response_tokens(self, parts: list[PackedBatch], shape: tuple[int, int]) -> Tensor:
+        """Each reward adapter's score of the prompt and what precedes each response token, (N, T, K); 0 elsewhere.
+
+        Args:
+            parts: N responses to prompts, from `ops.packing.pack`.
+            shape: (N, T).
+        """
+        return passes.score_response_tokens(self, parts, shape)
+
+    @torch.no_grad()
     def values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The critic's value after each token, (B, T), (B, T) -> (B, T) float32; meaningless where the mask is 0.
 

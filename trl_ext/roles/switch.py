@@ -6,6 +6,7 @@ switch here changes which adapter computes, and nothing else. It leans on two at
 `_active_adapter` and `_disable_adapters`, which `tests/test_peft_contract.py` pins.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
@@ -104,10 +105,30 @@ class SwitchedModel(PeftModelForCausalLM):
         """Optimizer groups, one per trained role: its adapter, and its head if it has one."""
         groups = []
         for role in (role for role in TRAINED if self.adapter_name(role) is not None):
-            parameters = [p for name, p in self.named_parameters() if self.owner(name) is role]
+            parameters = [p for name, p in self.named_parameters() if self.owner(name) is role and p.requires_grad]
             options = {"lr": learning_rates[role], "weight_decay": weight_decay, "role": role.value}
             groups.append({"params": parameters, **options})
         return groups
+
+    def freeze_attention(self, role: Role) -> None:
+        """Let a role's adapter in the attention layers stay as it is; the rest of it, and its head, are trained.
+
+        Attention layers are those with "attn" or "attention" in the names that the architecture gives them.
+
+        Raises:
+            ValueError: The role's adapter has nothing there, or nothing anywhere else: only its head would be left.
+        """
+        own = {n: p for n, p in self.named_parameters() if self.owner(n) is role and not n.startswith("heads.")}
+        frozen = [name for name in own if re.search("attn|attention", name.lower())]
+        if not frozen or len(frozen) == len(own):
+            modules = sorted({name.split(".lora_")[0].split(".")[-1] for name in own})
+            where = "in no attention layer" if not frozen else "in attention layers alone"
+            raise ValueError(
+                f"the {role.value} adapter lies {where} ({', '.join(modules)}): its attention cannot be frozen beside "
+                "others that are trained. Use an adapter with target_modules='all-linear', or leave it trained."
+            )
+        for name in frozen:
+            own[name].requires_grad_(False)
 
     # ------------------------------------------------------------------ the switch
 

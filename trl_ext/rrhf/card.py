@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from trl_ext.report.cards import CardFacts, CardKind, whole_card
+from trl_ext.report.cards import CardFacts, CardKind, loading, whole_card
 
 OFFLINE = CardKind(
     pipeline_tag="text-generation",
@@ -44,11 +44,7 @@ def model_card(facts: CardFacts, others: Sequence[str], sources: Sequence[str]) 
         f"([arXiv 2304.05302](https://huggingface.co/papers/2304.05302)) on responses "
         f"{'sampled from the current policy and ' if online else ''}ranked by a reward.",
         "",
-        "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "",
-        'policy = AutoPeftModelForCausalLM.from_pretrained("this repository")',
-        "```",
+        *loading(facts),
         *(["", f"Beside the policy: {', '.join(f'`{name}/`' for name in others)}."] if others else []),
     ]
     reward = "; ".join(sources) if online else "the column `scores` of the data"

@@ -2,7 +2,7 @@
 
     trl-ext agreement pairs.jsonl --topic category
 
-Labels are those of recipes/label.py, in `pairs.labels` if no others are named. Intervals are 95 %, over pairs.
+Labels are those of trl-ext label, in `pairs.labels` if no others are named. Intervals are 95 %, over pairs.
 """
 
 import math

@@ -27,7 +27,7 @@ class ChooseArguments:
     """From what, by what, how many."""
 
     responses: str | None = field(
-        default=None, metadata={"help": "jsonl with prompt and responses, as recipes/sample_responses.py writes it."}
+        default=None, metadata={"help": "jsonl with prompt and responses, as trl-ext sample writes it."}
     )
     output: str | None = field(default=None, metadata={"help": "jsonl file of pairs that is written."})
     count: int = field(default=100, metadata={"help": "Pairs to choose."})
@@ -180,4 +180,4 @@ def main(arguments: list[str] | None = None) -> None:
     print_table(f"Pairs in {output.resolve()}", ("", "value"), table)
     if len(chosen) < recipe.count:
         print(f"{len(chosen):,} of {recipe.count:,}: there are no more with --per_prompt {recipe.per_prompt}")
-    print(f"label them       recipes/label.py {output}")
+    print(f"label them       trl-ext label {output}")

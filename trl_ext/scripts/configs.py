@@ -1,4 +1,4 @@
-"""The configuration files that come with the package, by name."""
+"""The configuration files that come with the package, by name: those of a run, and in `presets` those of a method."""
 
 import difflib
 from pathlib import Path
@@ -8,8 +8,12 @@ ACCELERATE = CONFIGS / "accelerate"
 
 
 def config_names(folder: Path = CONFIGS) -> list[str]:
-    """Names of the files in a folder, without `.yaml`."""
-    return sorted(path.name.removesuffix(".yaml") for path in folder.glob("*.yaml"))
+    """Names of the files in a folder and in its presets, without `.yaml`."""
+    return sorted(path.name.removesuffix(".yaml") for path in _files(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [*folder.glob("*.yaml"), *(folder / "presets").glob("*.yaml")]
 
 
 def find_config(name: str | Path, flag: str = "--config", folder: Path = CONFIGS) -> Path:
@@ -18,7 +22,8 @@ def find_config(name: str | Path, flag: str = "--config", folder: Path = CONFIGS
     Args:
         name: Path or name.
         flag: That gave it, for the error.
-        folder: Where names are looked up: `CONFIGS` for a run, `ACCELERATE` for accelerate's launcher.
+        folder: Where names are looked up, and in its presets: `CONFIGS` for a run, `ACCELERATE` for accelerate's
+            launcher.
 
     Raises:
         ValueError: There is neither; the names that there are, and the nearest.
@@ -27,8 +32,9 @@ def find_config(name: str | Path, flag: str = "--config", folder: Path = CONFIGS
         return Path(name)
     known = config_names(folder)
     stem = Path(name).name.removesuffix(".yaml")
-    if str(name) in known:
-        return folder / f"{name}.yaml"
+    found = [path for path in _files(folder) if str(name) in (path.name[:-5], f"presets/{path.name[:-5]}")]
+    if found:
+        return found[0]
     near = difflib.get_close_matches(stem, known, n=1)
     meant = f" Did you mean {near[0]}?" if near else ""
     raise ValueError(

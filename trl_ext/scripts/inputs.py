@@ -25,6 +25,7 @@ from trl_ext.text import check_prompts
 
 TOY_PAIRS, TOY_TEST_PAIRS = 2560, 1000
 HELD_OUT, HELD_OUT_AT_MOST = 0.1, 1000
+WORLD_DATA = "embedded world of trl_ext"  # what cards call its data
 PROMPT_COLUMNS = ("prompts", "question", "questions", "instruction", "query", "input", "text", "messages")
 
 

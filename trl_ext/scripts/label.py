@@ -133,7 +133,7 @@ def export(recipe: LabelArguments, pairs: list, folder: Path) -> None:
     print(f"{len(rows):,} preferences in {path.resolve()}")
     for reason, count in dropped.items():
         print(f"left out, {reason}: {count:,}")
-    print(f"train on it      recipes/reward_model.py --dataset_name {path} --margin_column strength ...")
+    print(f"train on it      trl-ext reward-model --dataset_name {path} --margin_column strength ...")
 
 
 def bring_in(recipe: LabelArguments, pairs: list, folder: Path) -> None:

@@ -20,6 +20,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def train_rewards(
         printer()(f"reward model {k}: test accuracy {accuracy}")
         trainer.save_model()
     model.unload()
-    base.gradient_checkpointing_disable()
+    base.activation_checkpointing_disable()
     base.requires_grad_(False)
 
 
@@ -196,32 +197,37 @@ def tune(
 # ---------------------------------------------------------------------- 3. judgement
 
 
-def answers(model: Any, encoder: Any, prompts: Sequence[Any], args: PPOMaxConfig) -> tuple[list[Any], ...]:
+def answers(trainer: Any, encoder: Any, prompts: Sequence[Any]) -> tuple[list[Any], ...]:
     """Token ids of the prompts, and of an answer to each by the reference and by the policy, as they were generated.
 
-    Every prompt has random numbers of its own: the two policies differ by themselves alone.
+    Every prompt has random numbers of its own: the two policies differ by themselves alone. The main process calls it;
+    a vLLM server samples where the run's do.
     """
     from trl_ext import Role
     from trl_ext.generation.seeded import generate_responses, prompt_generator
 
+    args = trainer.args
+    engine = None if trainer.vllm_generation is None else trainer.vllm_generation.engine
     prompt_ids = [encoder.prompt_ids(prompt) for prompt in prompts]
     written: list[list[list[int]]] = []
     for role in (Role.REFERENCE, Role.POLICY):
         responses: list[list[int]] = []
         for start in range(0, len(prompts), ANSWERED_AT_A_TIME):
             batch = prompt_ids[start : start + ANSWERED_AT_A_TIME]
-            groups = generate_responses(
-                model,
-                batch,
-                [prompt_generator(args.seed, start + i) for i in range(len(batch))],
-                1,
-                args.max_completion_length or 1,
-                eos_token_ids=encoder.end_ids,
-                pad_token_id=encoder.pad_id,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                role=role,
-            )
+            with nullcontext() if engine is None else engine.alone():
+                groups = generate_responses(
+                    trainer.model,
+                    batch,
+                    [prompt_generator(args.seed, start + i) for i in range(len(batch))],
+                    1,
+                    args.max_completion_length or 1,
+                    eos_token_ids=encoder.end_ids,
+                    pad_token_id=encoder.pad_id,
+                    temperature=args.temperature,
+                    top_p=args.top_p,
+                    role=role,
+                    engine=engine,
+                )
             responses += [group[0] for group in groups]
         written.append(responses)
     return prompt_ids, *written
@@ -290,7 +296,7 @@ def judge(trainer: Any, encoder: Any, prompts: Sequence[Any], folders: Sequence[
     from trl_ext import SharedBaseModel
     from trl_ext.roles import read_adapter
 
-    prompt_ids, before, tuned = answers(trainer.model, encoder, prompts, trainer.args)
+    prompt_ids, before, tuned = answers(trainer, encoder, prompts)
     base = trainer.model.unload()
     judges = SharedBaseModel(base, None, [read_adapter(path, "reward_adapter") for path in folders], with_critic=False)
     judges.eval()

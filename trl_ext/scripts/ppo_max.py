@@ -13,6 +13,7 @@ Every option of PPOMaxConfig and of TRL's ModelConfig is a flag (`--help`); `--c
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from trl_ext.scripts.arguments import (
     names_of,
 )
 from trl_ext.scripts.configs import CONFIGS
-from trl_ext.scripts.inputs import first_prompts, load_prompts, load_reward_functions, toy_world
+from trl_ext.scripts.inputs import WORLD_DATA, first_prompts, load_prompts, load_reward_functions, toy_world
 from trl_ext.scripts.models import config_options, load_policy, quantization_of, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
 from trl_ext.scripts.running import (
@@ -39,6 +40,7 @@ from trl_ext.scripts.running import (
     HeldOutSamples,
     SeededEvaluation,
     first_evaluation,
+    options_of,
     printer,
     quiet_libraries,
     show_progress,
@@ -152,7 +154,8 @@ def real_inputs(
 def sample_completions(trainer: Any, prompts: list[Any]) -> tuple[list[str], list[str]]:
     """One completion of each prompt by the policy's start, which is the reference, and one by the policy.
 
-    Both draw the same random numbers, and the trainer's metrics know nothing of them.
+    Both draw the same random numbers, and the trainer's metrics know nothing of them. The main process calls it; a
+    vLLM server samples where the run's do.
     """
     from trl_ext import Role
     from trl_ext.generation.seeded import generate_responses, prompt_generator
@@ -161,20 +164,23 @@ def sample_completions(trainer: Any, prompts: list[Any]) -> tuple[list[str], lis
     args, model, tokenizer = trainer.args, trainer.model, trainer.processing_class
     ends = end_token_ids(tokenizer, model.generation_config)
     encoder = TextEncoder(tokenizer, ends, args.chat_template_kwargs)
+    engine = None if trainer.vllm_generation is None else trainer.vllm_generation.engine
     written = []
     for role in (Role.REFERENCE, Role.POLICY):
-        groups = generate_responses(
-            model,
-            [encoder.prompt_ids(prompt) for prompt in prompts],
-            [prompt_generator(args.seed, i) for i in range(len(prompts))],
-            1,
-            args.max_completion_length,
-            eos_token_ids=encoder.end_ids,
-            pad_token_id=encoder.pad_id,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            role=role,
-        )
+        with nullcontext() if engine is None else engine.alone():
+            groups = generate_responses(
+                model,
+                [encoder.prompt_ids(prompt) for prompt in prompts],
+                [prompt_generator(args.seed, i) for i in range(len(prompts))],
+                1,
+                args.max_completion_length,
+                eos_token_ids=encoder.end_ids,
+                pad_token_id=encoder.pad_id,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                role=role,
+                engine=engine,
+            )
         ids = [group[0] for group in groups]
         written.append([text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)])
     return written[0], written[1]
@@ -213,7 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
         inputs, plan = real_inputs(recipe, training, model_args, given)
     training.eval_on_start = training.eval_on_start or "eval_on_start" not in given
     trainer = Trainer(args=training, **inputs)
-    trainer.dataset_name = recipe.dataset_name
+    trainer.dataset_name = WORLD_DATA if toy else recipe.dataset_name
+    trainer.recorder.options = options_of(recipe, model_args)
     trainer.add_callback(EvaluationAtStart())
     trainer.add_callback(HeldOutSamples(trainer, inputs["eval_dataset"]))
     shown = {"reward": "reward", "rewards/gold_reward/mean": "gold", "kl": "kl", "beta": "beta"}

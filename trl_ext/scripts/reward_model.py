@@ -27,10 +27,18 @@ from trl_ext.scripts.arguments import (
     names_of,
 )
 from trl_ext.scripts.configs import CONFIGS
-from trl_ext.scripts.inputs import load_preference_splits, toy_preferences
+from trl_ext.scripts.inputs import WORLD_DATA, load_preference_splits, toy_preferences
 from trl_ext.scripts.models import fresh_reward_model, load_causal_base, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
-from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, without_traceback, write_json
+from trl_ext.scripts.running import (
+    options_of,
+    printer,
+    quiet_libraries,
+    show_progress,
+    start_run,
+    without_traceback,
+    write_json,
+)
 from trl_ext.scripts.tables import plot_run, print_table
 
 
@@ -80,7 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
     base, tokenizer, train, test = load_inputs(recipe, training, model_args)
     model = fresh_reward_model(base, model_args)
     trainer = RewardModelTrainer(model, training, train, test, processing_class=tokenizer)
-    trainer.dataset_name = recipe.dataset_name
+    trainer.dataset_name = WORLD_DATA if model_args.model_name_or_path is None else recipe.dataset_name
+    trainer.recorder.options = options_of(recipe, model_args)
     show_progress(trainer, {"loss": "loss", "accuracy": "accuracy", "margin": "margin"})
     trainer.train(resume_from_checkpoint=resume)
     show("Scoring the test pairs ...", flush=True)
@@ -122,5 +131,5 @@ def report(trainer: Any, scores: dict[str, Any], results: dict[str, Any]) -> Non
     print(f"reward adapter   {folder}\npictures         {', '.join(path.name for path in pictures)}, training.png")
     if (folder / "report.html").is_file():
         print(f"report           {folder / 'report.html'}")
-    print(f"use it with      trl-ext ppo-max --reward_adapter {folder}")
+    print(f"use it with      trl-ext ppo-max ... --reward_adapter {folder}")
     print(f'load it with     AutoPeftModelForSequenceClassification.from_pretrained("{folder}", num_labels=1)')

@@ -34,10 +34,18 @@ from trl_ext.scripts.arguments import (
     names_of,
 )
 from trl_ext.scripts.configs import CONFIGS
-from trl_ext.scripts.inputs import first_prompts, load_prompts, load_reward_functions, toy_world
+from trl_ext.scripts.inputs import WORLD_DATA, first_prompts, load_prompts, load_reward_functions, toy_world
 from trl_ext.scripts.models import config_options, load_policy, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
-from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, without_traceback, write_json
+from trl_ext.scripts.running import (
+    options_of,
+    printer,
+    quiet_libraries,
+    show_progress,
+    start_run,
+    without_traceback,
+    write_json,
+)
 from trl_ext.scripts.sample_responses import show_report
 from trl_ext.scripts.tables import before_and_after, plot_run, print_pairs, print_table
 
@@ -218,7 +226,8 @@ def main(arguments: list[str] | None = None) -> None:
     online: Any = {"reward_funcs": functions or None} if training.online else {}
     held_out = test if training.eval_strategy != "no" else None
     trainer = RRHFTrainer(model, training, train, held_out, processing_class=tokenizer, **online)
-    trainer.dataset_name = recipe.dataset_name
+    trainer.dataset_name = WORLD_DATA if toy else recipe.dataset_name
+    trainer.recorder.options = options_of(recipe, sampling, model_args)
     show_progress(trainer, {"loss": "loss", "ranking_accuracy": "accuracy", "kl": "kl", "reward": "reward"})
     settings: Any = {
         "max_new_tokens": sampling.max_new_tokens,

@@ -8,6 +8,7 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,21 @@ def write_json(path: Path, content: Any) -> None:
     aside = path.with_name(f".unfinished-{path.name}")
     aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
     aside.replace(path)
+
+
+def options_of(*parts: Any) -> dict[str, Any]:
+    """The fields of a command's dataclasses, for `run.json`; paths of files and folders that there are, whole."""
+    found = {each.name: getattr(part, each.name) for part in parts for each in fields(part)}
+    return {name: _whole(value) for name, value in found.items()}
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    if not isinstance(value, str) or not value:
+        return value
+    path, colon, function = value.rpartition(".py:")
+    if colon and Path(f"{path}.py").is_file():
+        return f"{Path(path).resolve()}.py:{function}"
+    known = Path(value).is_file() or ("/" in value and Path(value).exists())
+    return str(Path(value).resolve()) if known else value

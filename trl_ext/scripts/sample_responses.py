@@ -6,7 +6,7 @@
 Start it again with the same options to go on where it stopped. `--response_columns human chosen` ranks responses that
 the dataset has along with the sampled ones. Scores come from `--reward_adapter` (several make an `--ensemble`), from
 `--reward_funcs` (file.py:function, or the id of a sequence-classification model), or from both, added up;
-`--unscored true` leaves them out, for recipes/choose.py.
+`--unscored true` leaves them out, for trl-ext choose.
 """
 
 import sys
@@ -73,7 +73,9 @@ def parse(arguments: list[str]) -> tuple[SampleArguments, SamplingConfig, ModelC
         ("output", recipe.output),
     ):
         if value is None:
-            raise ValueError(f"--{name} is missing. An example: {' '.join((__doc__ or '').split()[15:22])} ...")
+            raise ValueError(
+                f"--{name} is missing: model_name_or_path, dataset_name and output are needed. See --help."
+            )
     check_vllm_options(recipe)
     if recipe.vllm_server_url is not None:
         sampling.check_server()

