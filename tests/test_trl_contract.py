@@ -37,6 +37,7 @@ from trl_ext.ppo.callback import PPOStateCallback
 from trl_ext.ppo.completing import CompletesPrompts
 from trl_ext.ppo.sets import SeveralSets
 from trl_ext.ppo.state import PPOState
+from trl_ext.ppo.turns import TakesTurns
 from trl_ext.reward.trainer import RewardModelTrainer
 from trl_ext.training import RoleTrainer
 
@@ -195,8 +196,15 @@ def test_only_the_constructor_and_the_two_seams_are_overridden():
     inherited = {name for base in RLOOTrainer.__mro__ for name, value in vars(base).items() if callable(value)}
     own = {name for name, value in vars(PPOMaxTrainer).items() if callable(value) or isinstance(value, property)}
     assert own & inherited == {"__init__", *SEAMS, *PUBLIC}
-    assert PPOMaxTrainer.__bases__ == (RoleTrainer, SeveralSets, BesideTheLoop, CompletesPrompts, RLOOTrainer)
-    for part in (BesideTheLoop, CompletesPrompts):
+    assert PPOMaxTrainer.__bases__ == (
+        RoleTrainer,
+        SeveralSets,
+        BesideTheLoop,
+        TakesTurns,
+        CompletesPrompts,
+        RLOOTrainer,
+    )
+    for part in (BesideTheLoop, TakesTurns, CompletesPrompts):
         assert not {name for name, value in vars(part).items() if callable(value)} & inherited
     assert {name for name, value in vars(SeveralSets).items() if callable(value)} & inherited == OF_SETS
     above = {name for name, value in vars(RoleTrainer).items() if callable(value)} & inherited
@@ -208,7 +216,7 @@ def test_only_the_constructor_and_the_two_seams_are_overridden():
 def test_the_constructor_takes_what_ours_passes_on():
     theirs = inspect.signature(RLOOTrainer.__init__).parameters
     ours = inspect.signature(PPOMaxTrainer.__init__).parameters
-    assert set(ours) - set(theirs) == {"ptx_dataset"}
+    assert set(ours) - set(theirs) == {"ptx_dataset", "rollout_func"}
     assert set(theirs) <= set(ours)
     assert list(ours)[: len(theirs)] == list(theirs), "positional arguments must mean the same"
 

@@ -132,8 +132,9 @@ def processes(options: argparse.Namespace) -> dict[str, Any]:
     one = [sys.executable, str(ROOT / "recipes" / "rlhf.py"), *ppo, f"--output_dir={folder / 'one'}", "--judge=none"]
     one += [f"--sft_dataset={demonstrations}", f"--preferences={train}", f"--preferences_test={test}"]
     one += [f"--prompts={prompts}", f"--sft_config={folder / 'sft.yaml'}", f"--reward_config={folder / 'reward.yaml'}"]
-    found["one"] = _run([*one, "--members=2", "--judged_prompts=1"], folder)
-    return found | {"ratio": found["one"]["seconds"] / found["three"]["seconds"]}
+    found["one"] = _run([*one, "--members=1", "--judged_prompts=1"], folder)
+    processor = found["one"]["cpu_seconds"] / sum(each["cpu_seconds"] for each in three)
+    return found | {"ratio": found["one"]["seconds"] / found["three"]["seconds"], "cpu_ratio": processor}
 
 
 def _texts(data: Path, folder: Path, rows: int) -> list[Path]:

@@ -56,33 +56,48 @@ def check_rollout(output: Any, prompts: int, longest: int) -> dict[str, Any]:
     return output
 
 
+class Rolled:
+    """What has completed the prompts already, where TRL has a vLLM server: it then counts, decodes and logs."""
+
+    of_training = False
+    empty: frozenset[int] = frozenset()
+
+    def __init__(self, completion_ids: list[list[int]]):
+        self.completion_ids = completion_ids
+
+    def sync_weights(self) -> None:
+        """Nothing: the policy is where the function sampled."""
+
+    def generate(self, prompts: list[list[int]], **options: Any) -> tuple[Any, list[list[int]], None, None]:
+        """Prompts as they came, the completions, and no log-probabilities."""
+        return prompts, [list(ids) for ids in self.completion_ids], None, None
+
+
 class TakesTurns(Trainer):
     """The part of `PPOMaxTrainer` that completes prompts by a `rollout_func`; before what completes them else."""
 
     args: Any
+    vllm_generation: Any
+    use_vllm: bool
     rollout_func: RolloutFunction | None = None
     _rolled: dict[str, Any] | None = None  # what it returned last
     _rolling = False  # inside it completions are the policy's own
 
     def _complete(self, prompts: list[Any]) -> Completions:
-        if self.rollout_func is not None and not self._rolling:
-            self._rolling = True
-            try:
-                output = self.rollout_func(list(prompts), self)
-            finally:
-                self._rolling = False
-            self._rolled = check_rollout(output, len(prompts), self.args.max_completion_length)
-        return super()._complete(prompts)  # type: ignore[misc]
-
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        if self._rolled is None or self._rolling:
-            return super()._tokenize_prompts(prompts)  # type: ignore[misc]
-        return [list(ids) for ids in self._rolled["prompt_ids"]], None, {}
-
-    def _generate_single_turn(self, *given: Any, **options: Any) -> Any:
-        if self._rolled is None or self._rolling:
-            return super()._generate_single_turn(*given, **options)  # type: ignore[misc]
-        return [list(ids) for ids in self._rolled["completion_ids"]]
+        if self.rollout_func is None or self._rolling:
+            return super()._complete(prompts)  # type: ignore[misc]
+        self._rolling = True
+        engine, use_vllm = self.vllm_generation, self.use_vllm
+        try:
+            output = check_rollout(
+                self.rollout_func(list(prompts), self), len(prompts), self.args.max_completion_length
+            )
+            self.vllm_generation, self.use_vllm = Rolled(output["completion_ids"]), True
+            _, completion_ids, completions = super()._complete(prompts)  # type: ignore[misc]
+        finally:
+            self._rolling, self.vllm_generation, self.use_vllm = False, engine, use_vllm
+        self._rolled = output
+        return [list(ids) for ids in output["prompt_ids"]], completion_ids, completions
 
     def compare_with_sampler(self, rollout: Rollout) -> dict[str, float]:
         """As that of `CompletesPrompts`; `logprobs` of a `rollout_func` are `sampler_logps`, which "dis" reads."""

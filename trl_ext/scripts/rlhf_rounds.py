@@ -26,8 +26,13 @@ RESAMPLES = 1000
 
 
 def answer(work: Work, policy: Path, prompts: Any, path: Path, count: int) -> list[dict[str, Any]]:
-    """Answers of a policy to each prompt, in a file that is gone on with; in the order of the prompts."""
+    """Answers of a policy to each prompt, in a file that is gone on with; in the order of the prompts.
+
+    A vLLM server samples them where it samples the rollouts.
+    """
     from trl_ext import SharedBaseModel
+    from trl_ext.generation.vllm_probe import checked_engine
+    from trl_ext.generation.vllm_server import SamplingParameters
     from trl_ext.roles import read_adapter
     from trl_ext.rrhf import SamplingConfig, sample_responses
 
@@ -39,7 +44,14 @@ def answer(work: Work, policy: Path, prompts: Any, path: Path, count: int) -> li
         sampling_seed=work.training.seed,
     )
     model = SharedBaseModel(work.base, read_adapter(policy, "policy_adapter"), with_critic=False)
-    sample_responses(model, work.encoder, prompts, path, args, None, {"policy": digest(policy)})
+    engine = None
+    if work.training.vllm_server_url is not None:
+        encoder, seed = work.encoder, args.sampling_seed
+        parameters = SamplingParameters(args.max_new_tokens, tuple(encoder.end_ids), args.sampling_temperature)
+        engine = checked_engine(model, work.training, parameters, encoder.tokenizer, path.parent, owner=path, seed=seed)
+    sample_responses(model, work.encoder, prompts, path, args, None, {"policy": digest(policy)}, engine)
+    if engine is not None:
+        engine.close()
     model.unload()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return sorted(rows, key=lambda row: row["index"])

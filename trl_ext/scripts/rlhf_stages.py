@@ -83,7 +83,7 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
     from accelerate.utils import set_seed
 
     from trl_ext.ppo.data import check_inputs
-    from trl_ext.roles import load_base, load_base_config, max_positions
+    from trl_ext.roles import load_base, load_base_config, max_positions, read_adapter
     from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer
 
     if PartialState().num_processes > 1:
@@ -92,6 +92,8 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
     reward_arguments(recipe.reward_config, output_dir="unused")
     if recipe.policy_adapter is None:
         sft_arguments(recipe.sft_config, training, Path("unused"))
+    else:
+        read_adapter(recipe.policy_adapter, "--policy_adapter")
     if model_args.model_name_or_path is None:
         name, data = _world(recipe, training, show)
         tokenizer = load_tokenizer(name)
