@@ -304,7 +304,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
             terms["policy_loss"] = policy
             stats |= {"policy_loss": policy, **policy_stats}
             if args.entropy_coef > 0 and "entropy" in outputs:
-                terms["entropy"] = -args.entropy_coef * outputs["entropy"].sum() / num_tokens
+                terms["entropy"] = -args.entropy_coef * outputs["entropy"].where(mask, 0.0).sum() / num_tokens
             if batch.best_weights is not None:
                 stats["best_lm_loss"] = best_answers_loss(outputs["logps"], mask, batch.best_weights)
                 terms["best_lm_loss"] = args.best_lm_coef * stats["best_lm_loss"]
