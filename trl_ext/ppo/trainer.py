@@ -262,7 +262,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
 
         # 3. Samples, and what reward functions report
         cells, reported = logging.take_reports(self._pending_extra_logs, self._pending_metrics, len(inputs))
-        self.record(logged | reported)
+        self.record(logged | reported, rows=len(inputs))
         logging.keep_samples(self.recorder, self.reward_func_names, rollout, args, step if training else None)
         if self.log_completions:
             logging.log_samples(self._logs, self.reward_func_names, rollout)
@@ -318,12 +318,6 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
         return torch.stack(list(terms.values())).sum()
 
     # ------------------------------------------------------------------ details
-
-    def record(self, values: dict[str, float]) -> None:
-        """Add values to the means that the next log prints."""
-        mode = "train" if self.model.training else "eval"
-        for name, value in values.items():
-            self._metrics[mode][name].append(float(value))
 
     def _pass(self, model: Any, batch: Rollout) -> dict[str, Tensor]:
         """One pass of each role that is trained now; the policy is not where it waits, and where its step is spent."""
