@@ -15,7 +15,7 @@ from typing import Any
 from trl import ModelConfig
 
 from trl_ext.scripts.arguments import LORA, check_model_flags
-from trl_ext.scripts.models import load_causal_base, tokenizer_of
+from trl_ext.scripts.models import load_placed_base, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given
 from trl_ext.scripts.running import check_output_dir, quiet_libraries, write_json
 from trl_ext.scripts.tables import print_table
@@ -79,8 +79,6 @@ def score_dataset(recipe: Any, model_args: ModelConfig, dataset: Any) -> tuple[l
         model_args: `ModelConfig`; without a model, what the adapters name.
         dataset: `chosen` and `rejected`.
     """
-    import torch
-
     from trl_ext import RewardModelConfig
     from trl_ext.reward.data import tokenize_preferences
     from trl_ext.reward.scoring import make_collator, score_rows
@@ -93,9 +91,7 @@ def score_dataset(recipe: Any, model_args: ModelConfig, dataset: Any) -> tuple[l
     settings = RewardModelConfig("unused", max_length=recipe.max_length, use_cpu=True, bf16=False)  # writes nothing
     rows, report = tokenize_preferences(dataset, TextEncoder(tokenizer), settings, "dataset")
     print(report)
-    base = load_causal_base(model_args, recipe)
-    if torch.cuda.is_available() and not getattr(base, "is_quantized", False):
-        base = base.to("cuda")
+    base = load_placed_base(model_args, recipe)
     scores, scales = [], []
     for path, adapter in zip(recipe.reward_adapter, adapters, strict=True):
         model = RewardModel(base, adapter.config)
