@@ -126,7 +126,7 @@ def facts_of_base(base: Any) -> dict[str, Any]:
         options; `base_dtype`; `base_weights`, a digest of the model type and of some of its numbers.
     """
     name = str(base.name_or_path or "")
-    held = getattr(base.config, "quantization_config", None)
+    held: Any = getattr(base.config, "quantization_config", None)
     quantization = held.to_dict() if hasattr(held, "to_dict") else held
     record = json.dumps(asdict(record_of(base)), sort_keys=True)
     return {
