@@ -107,10 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.answers is None or recipe.reward_adapter:
         rows = answered(recipe, model_args, rows, folder)
     report = refusal_report(rows)
-    write_json(
-        folder / "red_team.json",
-        without_nan(asdict(report) | {"categories": {f"{k[0]}, {k[1]}": v for k, v in report.categories.items()}}),
-    )
+    content = asdict(report)
+    for name in ("categories", "intervals"):
+        content[name] = {k if isinstance(k, str) else f"{k[0]}, {k[1]}": v for k, v in content[name].items()}
+    write_json(folder / "red_team.json", without_nan(content))
     print_table(f"Refusals of {recipe.policy or recipe.answers}", ("", "share"), report.rows())
     for found in report.answered[:SHOWN]:
         score = "" if found["score"] is None else f", score {found['score']:.2f}"
