@@ -20,7 +20,7 @@ from trl import ModelConfig
 from trl_ext.report.comparison import REFERENCE
 from trl_ext.report.loading import load_run
 from trl_ext.scripts.arguments import PromptArguments
-from trl_ext.scripts.evaluate import show_results
+from trl_ext.scripts.evaluate_policy import show_results
 from trl_ext.scripts.evaluating import (
     PROMPTS,
     EvaluationArguments,
