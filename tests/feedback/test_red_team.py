@@ -3,9 +3,16 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
-from trl_ext.feedback.red_team import check_red_team_rows, is_refusal, refusal_report, wilson_interval
+from trl_ext.feedback.red_team import (
+    check_red_team_rows,
+    clustered_interval,
+    is_refusal,
+    refusal_report,
+    wilson_interval,
+)
 from trl_ext.scripts import red_team
 
 
@@ -39,6 +46,29 @@ def test_wilsons_interval_by_hand():
     assert math.isnan(wilson_interval(0, 0)[0])
 
 
+def test_answers_to_one_prompt_are_not_independent():
+    # four answers alike to each of two prompts say what one to each would: p = 0.5, v = 2 (2^2 + 2^2) / 8^2 = 0.25
+    assert clustered_interval([(4, 4), (0, 4)]) == pytest.approx(wilson_interval(0.5, 1))
+    # K = 4, v = 4/3 * (4 * 1^2) / 16^2 = 1/48, n_eff = 0.25 * 48 = 12
+    assert clustered_interval([(3, 4), (1, 4), (3, 4), (1, 4)]) == pytest.approx(wilson_interval(6, 12))
+    assert clustered_interval([(1, 1), (0, 1)] * 50) == pytest.approx(wilson_interval(49.5, 99))
+    assert clustered_interval([(0, 4)] * 10) == wilson_interval(0, 10)
+    assert math.isnan(clustered_interval([])[0])
+
+
+def test_the_interval_holds_the_true_share_95_times_of_100():
+    """50 prompts with four answers each; how often a prompt is refused is Beta(0.5, 0.5), 1/2 in the mean."""
+    rng = np.random.default_rng(0)
+    counts = rng.binomial(4, rng.beta(0.5, 0.5, size=(400, 50)))
+    rows = [[(int(count), 4) for count in row] for row in counts]
+
+    def coverage(interval):
+        return np.mean([low <= 0.5 <= high for low, high in map(interval, rows)])
+
+    assert 0.92 <= coverage(clustered_interval) <= 0.98
+    assert coverage(lambda row: wilson_interval(sum(c for c, _ in row), 200)) < 0.8
+
+
 ROWS = [
     {
         "prompt": "p1",
@@ -56,6 +86,9 @@ ROWS = [
 def test_rates_by_category_and_the_worst_answers_first():
     report = refusal_report(ROWS)
     assert (report.harmful, report.harmless, report.broken) == ((4, 6), (1, 2), (2, 3))
+    assert report.intervals["harmful"] == clustered_interval([(1, 2), (1, 2), (2, 2)])
+    assert report.intervals[("y", True)] == clustered_interval([(1, 2), (2, 2)])
+    assert dict(report.rows())["refused, harmful: y"].startswith("75.0% [{:.1%}".format(report.intervals["y", True][0]))
     assert report.categories == {("x", True): (1, 2), ("y", True): (3, 4), ("x", False): (1, 2)}
     assert [found["answer"] for found in report.answered] == ["Take it.", "Sure, so."]
     with pytest.raises(ValueError, match="row 1: harmful=None must be true"):
@@ -69,6 +102,7 @@ def test_the_command_on_a_file_of_answers(tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "red_team.json").read_text())
     assert found["harmful"] == [4, 6]
     assert found["categories"]["y, True"] == [3, 4]
+    assert set(found["intervals"]) == {"harmful", "harmless", "broken", "x, True", "y, True", "x, False"}
     assert "66.7%" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--policy: --answers holds what was said"):
         red_team.parse([f"--answers={path}", "--policy=p"])

@@ -7,7 +7,7 @@ import torch
 
 from tests.ppo import tiny
 from trl_ext.reward.shift import shift_over_run
-from trl_ext.scripts import reward_shift
+from trl_ext.scripts import models, reward_shift
 
 
 def test_mean_spread_shift_and_doubt_by_hand():
@@ -27,7 +27,15 @@ def test_mean_spread_shift_and_doubt_by_hand():
         shift_over_run([0], few)
 
 
-def test_the_samples_of_a_run_are_scored_in_parts(tmp_path):
+def test_the_samples_of_a_run_are_scored_in_parts(tmp_path, monkeypatch):
+    moved, load = [], models.load_base
+
+    def watched(*args, **options):
+        base = load(*args, **options)
+        base.to = lambda device: moved.append(device) or base
+        return base
+
+    monkeypatch.setattr(models, "load_base", watched)
     world, run = tiny.build(tmp_path / "world"), tmp_path / "run"
     run.mkdir()
     rows = [
@@ -40,6 +48,7 @@ def test_the_samples_of_a_run_are_scored_in_parts(tmp_path):
     adapters = [str(world / "reward")] * 2
     flags = [f"--run={run}", f"--model_name_or_path={world / 'base'}", "--moments=2", "--reward_adapter", *adapters]
     reward_shift.main(flags)
+    assert moved == [models.PartialState().device]
     course = json.loads((run / "reward_shift.json").read_text())["course"]
     assert [(moment["step"], moment["count"]) for moment in course] == [(0, 16), (16, 16)]
     assert course[0]["spread"] == 0  # the same adapter twice
@@ -50,7 +59,7 @@ def test_the_samples_of_a_run_are_scored_in_parts(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--run None"),
+        ([], "--run is missing"),
         (["--run=RUN"], "at least two are needed"),
         (["--run=RUN", "--reward_adapter", "a", "b", "--kind=all"], "--kind all is unknown"),
         (["--run=RUN", "--reward_adapter", "a", "b", "--kind=evaluation", "--moments=3"], "--moments: evaluations"),
@@ -60,3 +69,9 @@ def test_what_shift_cannot_honour_is_refused(flags, message, tmp_path):
     (tmp_path / "samples.jsonl").write_text("")
     with pytest.raises(ValueError, match=message):
         reward_shift.parse([flag.replace("RUN", str(tmp_path)) for flag in flags])
+
+
+def test_a_run_that_is_not_there_is_refused_when_it_is_read(tmp_path):
+    recipe, _, _ = reward_shift.parse([f"--run={tmp_path / 'run'}", "--reward_adapter", "a", "b"])
+    with pytest.raises(ValueError, match=r"name the folder of a run, with samples\.jsonl"):
+        reward_shift.samples_of(recipe)

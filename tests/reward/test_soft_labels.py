@@ -12,6 +12,7 @@ from trl_ext.feedback.exchange import preference_rows
 from trl_ext.feedback.labels import LabelFile, read_labels
 from trl_ext.feedback.pairs import make_pair
 from trl_ext.reward.losses import preference_loss, smoothing_of
+from trl_ext.scripts.evaluate_reward import better_first
 
 
 def test_a_soft_label_is_the_cross_entropy_with_it_and_its_minimum_is_the_share_of_votes():
@@ -32,6 +33,56 @@ def test_soft_labels_are_read_from_their_column_and_added_to_the_smoothing():
     assert rows["label_smoothing"] == pytest.approx([0.2, 0.0])
     rows, _ = tokenize(pair(votes=0.8), soft_label_column="votes", label_smoothing=0.1)
     assert rows["label_smoothing"] == pytest.approx([1 - (0.8 * 0.9 + 0.2 * 0.1)])
+
+
+def test_below_one_half_the_rejected_response_is_the_better_one():
+    rows, report = tokenize(pair(soft_label=0.2, margin=0.5), pair(prompt="w1 w1", soft_label=0.5, margin=0.5))
+    straight, _ = tokenize(pair(), pair(prompt="w1 w1"))
+    assert rows["chosen_ids"][0] == rows["ids"][0][0] == straight["rejected_ids"][0]
+    assert rows["rejected_ids"][0] == straight["chosen_ids"][0]
+    assert rows["ids"][1] == straight["ids"][1]
+    assert rows["label_smoothing"] == pytest.approx([0.2, 0.5])
+    assert rows["margin"] == [-0.5, 0.5], "the loss is the same as before the swap"
+    assert rows["decided"] == [True, False]
+    assert "1 rows: sides swapped" in str(report)
+    assert "1 rows: soft label 0.5" in str(report)
+    held_out, _ = tokenize(pair(soft_label=0.2), name="eval_dataset")
+    assert held_out["chosen_ids"][0] == straight["rejected_ids"][0]
+    scored, _ = tokenize(pair(soft_label=0.2), name="dataset")
+    assert scored["chosen_ids"][0] == straight["chosen_ids"][0], "scores of rows stand where their responses do"
+
+
+def test_evaluate_reward_has_the_better_response_first(capsys):
+    rows = [pair(soft_label=q, strength=s) for q, s in ((0.9, 2.0), (0.2, -1.0), (0.5, 0.0))]
+    found = better_first(Dataset.from_list(rows)).to_list()
+    assert [row["chosen"] for row in found] == [rows[0]["chosen"], rows[0]["rejected"]]
+    assert [row["strength"] for row in found] == [2.0, 1.0]
+    assert "1 rows below 0.5 have their sides swapped, 1 rows of 0.5 are left out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"every soft_label is 0\.5"):
+        better_first(Dataset.from_list(rows[2:]))
+
+
+def test_accuracies_are_of_the_better_side_and_leave_out_what_is_undecided(base, tmp_path):
+    plain = runs.pairs(10, seed=1, source=["helpful"] * 6 + ["harmless"] * 4)
+    turned = plain.rename_columns({"chosen": "rejected", "rejected": "chosen"}).add_column("soft_label", [0.1] * 10)
+    trainer = runs.trainer(base, tmp_path, eval_dataset=turned)
+    metrics = trainer.evaluate()
+    scores = trainer.score(plain)
+    right, lead = (scores["chosen"] > scores["rejected"]).float(), scores["chosen"] - scores["rejected"]
+    assert metrics["eval_accuracy"] == pytest.approx(right.mean().item())
+    assert metrics["eval_accuracy/helpful"] == pytest.approx(right[:6].mean().item())
+    assert metrics["eval_margin"] == pytest.approx(lead.mean().item(), abs=1e-6)
+    assert trainer.evaluate_pairs()["accuracy"] == pytest.approx(right.mean().item())
+    assert trainer.measure_scale().mean == pytest.approx(scores["chosen"].mean().item(), abs=1e-6)
+    keep = right.argsort()[:4].tolist()  # wrong ones first: their share is not that of all
+    soft = [1.0 if i in keep else 0.5 for i in range(10)]
+    undecided = plain.add_column("soft_label", soft)
+    metrics = trainer.evaluate(undecided)
+    assert metrics["eval_accuracy"] == pytest.approx(right[keep].mean().item())
+    assert metrics["eval_accuracy"] != pytest.approx(right.mean().item())
+    own = [i for i in range(6) if i in keep]
+    assert metrics.get("eval_accuracy/helpful") == (pytest.approx(right[own].mean().item()) if own else None)
+    assert trainer.evaluate_pairs(undecided)["count"] == 4
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
 
 from tests.ppo import tiny
 from tests.report.made import write_run
+from trl_ext import scoring
 from trl_ext.report.lines import as_json
 from trl_ext.scripts import compare
 from trl_ext.scripts import evaluate_policy as evaluate
-from trl_ext.scripts.evaluating import fill_from_run, is_run
+from trl_ext.scripts.evaluating import fill_from_run, is_run, make_setting
 from trl_ext.scripts.inputs import hold_out
 from trl_ext.scripts.running import options_of
 
@@ -93,7 +96,8 @@ def test_a_comparison_is_of_several(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compare.parse(flags)
     assert compare.parse(["a", "b", "--seed=1"])[0].policies == ["a", "b"]
-    assert compare.names_of(["x/a", "y/a", "b", "reference"]) == ["x/a", "y/a", "b", "reference"]
+    names = compare.names_of(["x/a", "y/a", "b", "reference"])
+    assert names == ["x/a", "y/a", "b", str(Path("reference").resolve())], "another name than the reference has"
 
 
 def test_a_configuration_of_a_training_may_be_given_for_its_base(run: Path) -> None:
@@ -104,8 +108,6 @@ def test_a_configuration_of_a_training_may_be_given_for_its_base(run: Path) -> N
 def test_an_evaluation_is_of_the_prompts_that_were_held_out_and_the_same_twice(
     run: Path, tmp_path: Path, capsys
 ) -> None:
-    from datasets import Dataset
-
     figures = []
     for name in ("first", "second"):
         out = tmp_path / name
@@ -143,6 +145,88 @@ def test_runs_from_different_starts_need_a_reference(run: Path, tmp_path: Path) 
     (other / "reference" / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match=r"other started from another policy than .*--reference_adapter"):
         compare.check_same_start([str(run), str(other)], str(run / "reference"))
+
+
+def test_a_run_without_a_reference_started_from_the_base(run: Path, tmp_path: Path) -> None:
+    fresh = tmp_path / "fresh"
+    shutil.copytree(run, fresh)
+    shutil.rmtree(fresh / "reference")
+    with pytest.raises(ValueError, match=r"fresh started from another policy than .*run"):
+        compare.check_same_start([str(run), str(fresh)], str(run / "reference"))
+    with pytest.raises(ValueError, match=r"run started from another policy than .*fresh"):
+        compare.check_same_start([str(fresh), str(run)], None)
+    compare.check_same_start([str(fresh), "me/on-the-hub"], None)
+
+
+def test_a_policy_that_was_trained_on_the_prompts_is_refused(run: Path, tmp_path: Path) -> None:
+    def another(name: str, **options) -> str:
+        shutil.copytree(run, tmp_path / name)
+        info = json.loads((run / "run.json").read_text())
+        info["options"] |= options
+        (tmp_path / name / "run.json").write_text(json.dumps(info))
+        return str(tmp_path / name)
+
+    prompts = tmp_path / "prompts.jsonl"
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"prompt": "new"}\n')
+    recipe, model_args, given = parsed("--policy_adapter", str(run))
+    fill_from_run(recipe, model_args, given, str(run))
+    held_out = hold_out(Dataset.from_dict({"prompt": PROMPTS}))[1]["prompt"]
+    same, gone = another("same"), another("gone", dataset_name=str(tmp_path / "gone.jsonl"))
+    notes = compare.check_not_trained_on(
+        [str(run), same, gone, "me/hub", another("w", dataset_name=None)], recipe, held_out
+    )
+    assert [note.split(": ")[1].split()[0] for note in notes] == [str(tmp_path / "gone.jsonl"), "it", "its"]
+    greedy = another("greedy", dataset_test_name=str(test))
+    with pytest.raises(ValueError, match=r"greedy was trained on 10 of the 10 prompts"):
+        compare.check_not_trained_on([str(run), greedy], recipe, held_out)
+    recipe.dataset_test_name = str(prompts)
+    with pytest.raises(ValueError, match=r"run was trained on 90 of the 100 prompts"):
+        compare.check_not_trained_on([str(run), greedy], recipe, PROMPTS)
+
+
+def test_the_reward_of_a_run_is_taken_with_its_weights_and_in_its_order(run: Path) -> None:
+    for number in (2, 10, 9):
+        shutil.copytree(run / "reward", run / f"reward_{number}")
+    info = json.loads((run / "run.json").read_text())
+    info["configuration"] |= {"reward_ensemble_weights": [3.0, 1.0, 1.0, 1.0], "reward_role_weight": 2.0}
+    (run / "run.json").write_text(json.dumps(info))
+    recipe, model_args, given = parsed("--policy_adapter", str(run))
+    fill_from_run(recipe, model_args, given, str(run))
+    names = [Path(each).name for each in recipe.reward_adapter]
+    assert names == ["reward", "reward_2", "reward_9", "reward_10"]
+    assert (recipe.ensemble_weights, recipe.reward_role_weight) == ([3.0, 1.0, 1.0, 1.0], 2.0)
+    recipe, model_args, given = parsed("--policy_adapter", str(run), "--reward_role_weight=5")
+    fill_from_run(recipe, model_args, given, str(run))
+    assert recipe.reward_role_weight == 5
+    flags = parsed("--policy_adapter", str(run), "--ensemble_weights", "1", "2")
+    with pytest.raises(ValueError, match="2 ensemble weights for 4 reward models"):
+        make_setting(*flags, str(run), print)
+
+
+def test_a_folder_that_is_called_reference_is_a_policy_and_weights_reach_the_score(
+    run: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """And what an evaluation writes is not written over the run."""
+    tuned = tmp_path / "x" / "reference"
+    shutil.copytree(run, tuned)
+    shutil.copytree(run / "reward", tuned / "reward_2")
+    weights = load_file(tuned / "adapter_model.safetensors")
+    save_file({key: 3 * value for key, value in weights.items()}, tuned / "adapter_model.safetensors")
+    info = json.loads((run / "run.json").read_text())
+    info["configuration"] |= {"reward_ensemble_weights": [3.0, 1.0], "reward_role_weight": 2.0}
+    (tuned / "run.json").write_text(json.dumps(info))
+    scorers, scorer = [], scoring.ResponseScorer
+    monkeypatch.setattr(scoring, "ResponseScorer", lambda *a, **k: scorers.append(k) or scorer(*a, **k))
+    evaluate.main(["--policy_adapter", str(tuned), "--output_dir", str(tmp_path / "out"), "--eval_prompts=3"])
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(record["policies"]) == ["reference", str(tuned)]
+    assert record["policies"][str(tuned)]["KL from the reference, nats"]["mean"] > 0.01
+    assert [(each["ensemble_weights"], each["role_weight"]) for each in scorers] == [([3.0, 1.0], 2.0)] * 2
+    with pytest.raises(ValueError, match="is the folder of a run, whose samples would be lost"):
+        evaluate.main(["--policy_adapter", str(tuned), "--output_dir", str(tuned)])
+    with pytest.raises(ValueError, match="is the folder of a run"):
+        compare.main([str(tuned), str(run), "--output_dir", str(run)])
 
 
 def test_options_name_files_by_their_whole_path(tmp_path: Path, monkeypatch) -> None:

@@ -1,9 +1,12 @@
 """Judges of `trl-ext judge` beside an endpoint, and sides that are policies."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.ppo import tiny
 from trl_ext.feedback.judge import count_failures, judge_pairs, match_answers, read_answers, read_judge_prompt
@@ -13,7 +16,7 @@ from trl_ext.feedback.pairs import read_pairs
 from trl_ext.feedback.replies import Reply, ReplyCache, ReplyError
 from trl_ext.feedback.verdicts import judge_by_people, judge_by_scores
 from trl_ext.feedback.win_rate import win_rate
-from trl_ext.scripts import judge, judging
+from trl_ext.scripts import judge, judging, models, red_team
 
 TEMPLATE = read_judge_prompt("helpful")
 FILES = ["--answers_a=a.jsonl", "--answers_b=b.jsonl"]
@@ -78,6 +81,134 @@ def test_policies_answer_and_a_reward_adapter_judges(world, tmp_path):
     kept = [json.loads(line)["key"] for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
     assert sorted(kept) == sorted(json.loads(line)["key"] for line in scores.splitlines())
     assert (tmp_path / "out" / "answers_a.jsonl").read_text() == answers
+
+
+def test_answers_of_another_base_are_not_this_ones(world, tmp_path):
+    other = tmp_path / "base"
+    shutil.copytree(world / "base", other)
+    model = models.load_base(str(other))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(other)
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "w1 "}])
+    answers = write(tmp_path / "b.jsonl", [{"prompt": "w1 ", "answer": "w2"}])
+    flags = ["--policy_a=base", f"--answers_b={answers}", f"--prompts={prompts}", "--judge=local"]
+    flags += ["--judge_model=m", "--max_new_tokens=2", f"--output_dir={tmp_path / 'out'}"]
+
+    def answered(*more: str):
+        recipe, model_args, _ = judge.parse([*flags, *more])
+        return judge.sides_of(recipe, model_args, tmp_path / "out")[0]
+
+    here = f"--model_name_or_path={world / 'base'}"
+    assert answered(here) == answered(here)
+    for more in ([f"--model_name_or_path={other}"], [here, "--dtype=bfloat16"]):
+        with pytest.raises(ValueError, match=r"was begun with other settings .*base"):
+            answered(*more)
+
+
+def test_a_base_is_known_by_its_numbers_commit_and_quantisation(world, tmp_path):
+    base = models.load_base(str(world / "base"))
+    facts = models.facts_of_base(base)
+    assert facts["base"] == str((world / "base").resolve())
+    assert (facts["base_revision"], facts["base_quantization"], facts["base_dtype"]) == (None, None, "float32")
+    base.config._commit_hash, base.config.quantization_config = "abc", {"load_in_4bit": True}
+    with torch.no_grad():
+        base.model.norm.weight.add_(1)
+    changed = models.facts_of_base(base)
+    assert {name for name in facts if facts[name] != changed[name]} == {
+        "base_revision", "base_quantization", "base_weights",
+    }  # fmt: skip
+
+
+def test_an_adapter_of_the_hub_is_known_by_its_weights(world, tmp_path, monkeypatch):
+    """Its id stays the same when other weights are pushed to it: so does that of its answers and scores."""
+    from trl_ext import roles
+    from trl_ext.text import TextEncoder
+
+    asked = {}
+    monkeypatch.setattr("trl_ext.rrhf.sample_responses", lambda *given: asked.update(given[-1]))
+    base, encoder = models.load_base(str(world / "base")), TextEncoder(tiny.tiny_tokenizer(), [1])
+    recipe = judge.JudgeArguments(max_new_tokens=2)
+    read, known = roles.read_adapter, []
+    for scale in (1, 2):
+        adapter = read(world / "policy")
+        adapter.weights = {key: scale * value for key, value in adapter.weights.items()}
+        judge.sample(recipe, base, encoder, adapter, [], tmp_path / "a.jsonl", "me/policy")
+        known.append(asked["policy"])
+    assert known[0] != known[1]
+    assert "me/policy" not in known
+
+    pairs, path = pairs_of(2), tmp_path / "scores.jsonl"
+    seen = []
+    for scale in (None, roles.RewardScale(5.0, 2.0, 9)):
+        pushed = dataclasses.replace(read(world / "reward"), scale=scale)
+        monkeypatch.setattr(roles, "read_adapter", lambda *_, pushed=pushed: pushed)
+        seen.append(judging.adapter_scores(base, encoder, ["me/rm"], pairs, path))
+    assert seen[1][0][0] == pytest.approx((seen[0][0][0] - 5) / 2, abs=1e-5)
+    with torch.no_grad():
+        base.model.norm.weight.mul_(2)
+    lines = len(path.read_text().splitlines())
+    judging.adapter_scores(base, encoder, ["me/rm"], pairs, path)
+    assert len(path.read_text().splitlines()) > lines, "scores of another base were taken"
+
+
+def test_what_scores_files_computes_where_this_process_does(world, tmp_path, monkeypatch):
+    moved, load = [], models.load_base
+
+    def watched(*args, **options):
+        base = load(*args, **options)
+        base.to = lambda device: moved.append(device) or base
+        return base
+
+    monkeypatch.setattr(models, "load_base", watched)
+    here = f"--model_name_or_path={world / 'base'}"
+    a, b = (write(tmp_path / f"{side}.jsonl", [{"prompt": "w1 ", "answer": f"w{side}"}]) for side in (2, 3))
+    flags = ["--judge=adapter", f"--judge_adapter={world / 'reward'}", here, f"--output_dir={tmp_path / 'j'}"]
+    judge.main([f"--answers_a={a}", f"--answers_b={b}", "--resamples=5", *flags])
+    assert moved == [models.PartialState().device]
+    rows = write(tmp_path / "said.jsonl", [{"prompt": "w1 ", "harmful": True, "responses": ["w2"]}])
+    flags = [f"--reward_adapter={world / 'reward'}", here, f"--output_dir={tmp_path / 'r'}"]
+    red_team.main([f"--answers={rows}", *flags])
+    assert len(moved) == 2
+
+
+def test_a_base_in_4_bits_stays_where_it_was_loaded():
+    base = torch.nn.Linear(1, 1)
+    assert models.placed(base, "meta").weight.device.type == "meta"
+    base = torch.nn.Linear(1, 1)
+    base.is_quantized = True
+    assert models.placed(base, "meta").weight.device.type == "cpu"
+
+
+def test_a_prompt_that_is_there_twice_is_found_before_a_policy_answers(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "sample", None)
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "w1 "}, {"prompt": "w2 "}, {"prompt": "w1 "}])
+    flags = ["--policy_a=base", "--policy_b=base", f"--prompts={prompts}", "--judge=local", "--judge_model=m"]
+    recipe, model_args, _ = judge.parse([*flags, f"--model_name_or_path={world / 'base'}"])
+    with pytest.raises(ValueError, match="row 2: its prompt stands in row 0 too"):
+        judge.sides_of(recipe, model_args, tmp_path)
+
+
+def test_a_line_separator_in_an_answer_is_no_new_line(world, tmp_path, monkeypatch):
+    def sample(recipe, base, encoder, adapter, prompts, path, *rest):
+        rows = [{"index": i, "prompt": prompts[i]["prompt"], "responses": [f"so\u2028{i}"]} for i in (1, 0)]
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+    monkeypatch.setattr(judge, "sample", sample)
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": f"w{i} ", "harmful": True} for i in range(2)])
+    recipe, model_args, _ = red_team.parse(
+        ["--policy=base", f"--prompts={prompts}", f"--model_name_or_path={world / 'base'}"]
+    )
+    rows = red_team.answered(recipe, model_args, red_team.read_rows(prompts, False), tmp_path)
+    assert [row["responses"] for row in rows] == [["so\u20280"], ["so\u20281"]]
+
+
+def test_an_empty_answer_loses_without_being_asked_about():
+    pairs = match_answers(
+        *({json.dumps(f"q{i}"): (f"q{i}", text) for i, text in enumerate(texts)} for texts in (("x", ""), (" ", "y")))
+    )[0]
+    assert judging.differing(pairs) == []
+    assert [record.verdict for record in judge_by_people(pairs, [])] == ["a", "b"]
 
 
 def pairs_of(count: int):

@@ -29,6 +29,7 @@ class ConversionReport:
         dropped: reason -> number of rows dropped for it.
         examples: reason -> (index, detail) of the first row dropped for it, counted from 0.
         ignored: what was left out of rows that were kept -> number of rows.
+        changed: what was done to rows that were kept -> number of rows.
     """
 
     format: str
@@ -37,6 +38,7 @@ class ConversionReport:
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, tuple[int, str]] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
 
     def drop(self, index: int, error: RowError) -> None:
         """Count one dropped row."""
@@ -53,6 +55,7 @@ class ConversionReport:
             index, detail = self.examples[reason]
             lines.append(f"  {reason:<{width}}  {count:>9,}  {index:>9,}  {' '.join(detail.split())}".rstrip())
         lines += [f"  ignored in {count:,} rows: {what}" for what, count in self.ignored.items()]
+        lines += [f"  {count:,} rows: {what}" for what, count in self.changed.items()]
         return "\n".join(lines)
 
 

@@ -38,6 +38,8 @@ def judge_by_scores(pairs: Sequence[Pair], scores: Sequence[tuple[float, float] 
 def judge_by_people(pairs: Sequence[Pair], labels: Iterable[Label]) -> list[Judged]:
     """What most annotators say of each pair; as many on both sides are a tie.
 
+    Where one answer is empty nobody is asked, and the other one wins.
+
     Each annotator sees a pair in one order, drawn for them, so no verdict is inconsistent; `trl-ext agreement` says how
     far they agree. A pair without a label has failed, and counts for nothing else; equal answers are ties.
 
@@ -53,6 +55,9 @@ def judge_by_people(pairs: Sequence[Pair], labels: Iterable[Label]) -> list[Judg
         vote = votes.get(pair.id)
         if pair.a.strip() == pair.b.strip():
             found.append(Judged(pair, "tie", True, ("tie", "tie")))
+        elif not pair.a.strip() or not pair.b.strip():
+            verdict = "a" if pair.a.strip() else "b"
+            found.append(Judged(pair, verdict, True, (verdict, verdict)))
         elif vote is None:
             found.append(Judged(pair, "failed", False, (None, None), ("no label: nobody has labelled it",)))
         else:

@@ -18,6 +18,9 @@ from trl_ext.reward.losses import smoothing_of
 from trl_ext.text import TextEncoder, score_length
 
 TRAINING = "train_dataset"
+AS_IT_STANDS = "dataset"  # rows that are only scored: chosen and rejected stay where they are
+SWAPPED = "sides swapped, their soft label is below 0.5: the rejected response is the better one"
+UNDECIDED = "soft label 0.5: not in any accuracy"
 PAIR, RANKING = {"chosen", "rejected"}, {"prompt", "responses", "scores"}
 
 
@@ -104,14 +107,16 @@ def tokenize_preferences(
         dataset: Pairs or rankings, plain or conversational.
         encoder: Of a tokenizer with a chat template, if rows are conversations.
         args: For `max_length` and the options that read columns.
-        name: Whose rows they are, for errors and the progress bar; only `train_dataset` must have those columns.
+        name: Whose rows they are, for errors and the progress bar; only `train_dataset` must have those columns. A row
+            with a soft label below 0.5 has its sides swapped, and the sign of its margin, but in "dataset".
         positions: Of the model; longer rows are left out too.
         sources: Names in the column `source` -> their numbers; names that are new here get one.
 
     Returns:
         Columns `row`, its index in the dataset given; `ids` (K token sequences, best first); `prompt_length`; `ranks`
-        (K, lower is better, equal for ties); `margin`; `label_smoothing`, soft labels included; `source`, a number, -1
-        without one; and for `RewardTrainer` `chosen_ids` and `rejected_ids`, the best and the worst.
+        (K, lower is better, equal for ties); `margin`; `label_smoothing`, soft labels included; `decided`, false at a
+        soft label of 0.5; `source`, a number, -1 without one; and for `RewardTrainer` `chosen_ids` and `rejected_ids`,
+        the best and the worst.
 
     Raises:
         ValueError: A missing column, a margin or strength that is not a number, a soft label that is no probability or
@@ -133,8 +138,12 @@ def tokenize_preferences(
         margin = _number(row[margin_column], margin_column, index, name) if has_margin else 0.0
         smoothed = args.label_smoothing_on == "all" or bool(row.get("suspected"))
         smoothing = args.label_smoothing if smoothed else 0.0
+        soft = _soft(row[soft_column], soft_column, index, name) if has_soft else 1.0
+        swapped = soft < 0.5 and name != AS_IT_STANDS
+        if swapped:
+            row, soft, margin = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}, 1 - soft, -margin
         if has_soft:
-            smoothing = _soft(row[soft_column], soft_column, index, name, smoothing)
+            smoothing = smoothing_of(soft, smoothing)
         source = row.get("source")
         try:
             tokens = _ranking(row, encoder) if is_ranking else _pair(row, encoder)
@@ -147,12 +156,14 @@ def tokenize_preferences(
             report.drop(index, error)
             continue
         report.rows_kept += 1
+        report.changed.update([SWAPPED] * swapped + [UNDECIDED] * (soft == 0.5))
         rows.append(
             tokens
             | {
                 "row": index,
                 "margin": args.margin + margin,
                 "label_smoothing": smoothing,
+                "decided": soft != 0.5,
                 "source": -1 if source in (None, "") else sources.setdefault(str(source), len(sources)),
                 "chosen_ids": tokens["ids"][0],
                 "rejected_ids": tokens["ids"][-1],
@@ -173,14 +184,14 @@ def _number(value: Any, column: str, index: int, name: str) -> float:
     return number
 
 
-def _soft(value: Any, column: str, index: int, name: str, smoothing: float) -> float:
+def _soft(value: Any, column: str, index: int, name: str) -> float:
     number = _number(value, column, index, name)
     if not 0 <= number <= 1:
         raise ValueError(
             f"row {index} of {name}: {column} is {value!r}, it must be from 0 to 1: the probability that the chosen "
             "response is the better one."
         )
-    return smoothing_of(number, smoothing)
+    return number
 
 
 def _pair(row: Mapping[str, Any], encoder: TextEncoder) -> dict[str, Any]:
@@ -228,7 +239,8 @@ class PreferenceCollator:
     """Rows of `tokenize_preferences` to a batch: every response once, all pairs of a row, packed for few passes.
 
     The batch of B rows with N responses and P pairs: `prompts` (B,), the length of each prompt; `sources` (B,), the
-    number of where each row comes from, -1 where it is not known; `winners`, `losers`
+    number of where each row comes from, -1 where it is not known; `decided` (B,) bool, whether the label says which
+    response is better; `winners`, `losers`
     (P,), numbers of responses; `rows` (P,), the row of each pair; `weights` (P,), 1 / (pairs in the row) / B;
     `margins`, `label_smoothing` (P,); `best`, `worst` (B,); `is_best` (N,) bool; `parts` for `RewardModel`, whose
     scores are read on the last token that is not padding, as transformers' classifiers do.
@@ -260,6 +272,7 @@ class PreferenceCollator:
         return {
             "prompts": torch.tensor([row["prompt_length"] for row in rows]),
             "sources": torch.tensor([row.get("source", -1) for row in rows]),
+            "decided": torch.tensor([row.get("decided", True) for row in rows]),
             "winners": winners,
             "losers": losers,
             "rows": owners,

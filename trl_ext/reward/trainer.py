@@ -204,14 +204,18 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
         lead = chosen - rejected
         right = (lead > 0).float() + 0.5 * (lead == 0)
         per_row.index_add_(0, inputs["rows"], torch.stack([right, lead], 1) * (inputs["weights"] * rows)[:, None])
+        per_row[~inputs["decided"], 0] = torch.nan  # annotators disagree: there is no right side
         per_row = gather(per_row)
         for name, column in zip(("accuracy", "margin"), per_row.T.tolist(), strict=True):
-            metrics[name].extend(column)
+            if known := [value for value in column if value == value]:
+                metrics[name].extend(known)
         if self._sources:
             sources = gather(inputs["sources"]).tolist()
             for name, number in self._sources.items():
                 found = [
-                    value for value, source in zip(per_row[:, 0].tolist(), sources, strict=True) if source == number
+                    value
+                    for value, source in zip(per_row[:, 0].tolist(), sources, strict=True)
+                    if source == number and value == value
                 ]
                 if found:
                     metrics[f"accuracy/{name}"].extend(found)
@@ -240,8 +244,8 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
 
         Returns:
             `rows`: indices of the usable rows, (N,); `sources`: numbers of where they come from, (N,), if any are
-            known; `chosen`, `rejected`: raw scores, (N,) float32; `chosen_lengths`, `rejected_lengths`: tokens of the
-            responses, (N,). On every process, of all rows.
+            known; `decided`, (N,) bool, if there are soft labels of 0.5; `chosen`, `rejected`: raw scores, (N,)
+            float32; `chosen_lengths`, `rejected_lengths`: tokens of the responses, (N,). On every process, of all rows.
         """
         dataset = self._prepare("dataset", dataset)
         was_training = self.model.training
@@ -253,8 +257,10 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
             scores = score_batches(self.model_wrapped, batches, self.accelerator.gather_for_metrics)
         self.model.train(was_training)
         chosen_lengths, rejected_lengths = response_lengths(dataset)
-        sources = {"sources": torch.tensor(dataset["source"])} if self._sources else {}
-        return sources | {
+        known = {"sources": torch.tensor(dataset["source"])} if self._sources else {}
+        if "decided" in dataset.column_names and not all(dataset["decided"]):
+            known["decided"] = torch.tensor(dataset["decided"])
+        return known | {
             "rows": torch.tensor(dataset["row"]),
             "chosen": scores[:, 0],
             "rejected": scores[:, 1],
@@ -267,6 +273,8 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
     ) -> dict[str, Any]:
         """All of `reward.metrics.evaluate_pairs`, and accuracy by `source`; kept for the card and the report.
 
+        Pairs whose soft label is 0.5 are left out.
+
         Args:
             dataset: rows to score. Default: `eval_dataset`, the first of several.
             scores: what `score` has returned for them, where it has been called already.
@@ -276,7 +284,9 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
             if isinstance(held_out, dict):
                 held_out = next(iter(held_out.values()))
             scores = self.score(held_out if dataset is None else dataset)
-        columns = {name: values for name, values in scores.items() if name not in ("rows", "sources")}
+        if "decided" in scores:
+            scores = {name: values[scores["decided"]] for name, values in scores.items()}
+        columns = {name: values for name, values in scores.items() if name not in ("rows", "sources", "decided")}
         self.evaluation = evaluate_pairs(**columns)
         if "sources" in scores:
             columns = {name: scores[name] for name in ("chosen", "rejected", "sources")}
@@ -313,7 +323,7 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
             dataset, self._encoder, self._data_args, name, self._positions, self._sources
         )
         self.reports[name] = report
-        if report.dropped:
+        if report.dropped or report.changed:
             logger.warning("%s: %s", name, report)
         return tokenized
 

@@ -8,19 +8,33 @@ prompts or rewards are named, or an adapter is of no run, all policies answer th
 evaluate. Differences are measured in pairs, on answers to the same prompt.
 """
 
+import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig
 
+from trl_ext.report.comparison import REFERENCE
+from trl_ext.report.loading import load_run
+from trl_ext.scripts.arguments import PromptArguments
 from trl_ext.scripts.evaluate_policy import show_results
-from trl_ext.scripts.evaluating import EvaluationArguments, evaluated, is_run, make_setting, parse_evaluation
+from trl_ext.scripts.evaluating import (
+    PROMPTS,
+    EvaluationArguments,
+    evaluated,
+    make_setting,
+    parse_evaluation,
+)
+from trl_ext.scripts.finished_runs import check_no_run, in_world, is_run, names_of
+from trl_ext.scripts.inputs import load_prompts
 from trl_ext.scripts.parsing import Given
 from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries, without_traceback
 
-REFERENCE_FOLDER, WEIGHTS = "reference", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
+WORLD = ("world_scale", "world_seed", "seed")  # by these a run in the embedded world has its prompts
 
 
 @dataclass
@@ -52,27 +66,84 @@ def parse(arguments: list[str]) -> tuple[RecipeArguments, ModelConfig, Given]:
     return recipe, model_args, given
 
 
-def names_of(policies: list[str]) -> list[str]:
-    """The last part of each, or all of it where two have the same, or the reference has it."""
-    last = [Path(each).resolve().name if Path(each).is_dir() else each for each in policies]
-    taken = [*last, REFERENCE_FOLDER]
-    return [each if taken.count(name) > 1 else name for each, name in zip(policies, last, strict=True)]
-
-
 def check_same_start(policies: list[str], reference: str | None) -> None:
-    """Check that every run started from the policy that KL is measured from.
+    """Check that every run started from the policy that KL is measured from; one without `reference` from the base.
+
+    Args:
+        policies: As named; where an adapter of no run started is not known.
+        reference: Folder, or None for the base.
 
     Raises:
         ValueError: One that did not, and what to do.
     """
     own = Path(str(reference)) / WEIGHTS
     for each in policies:
-        theirs = Path(each) / REFERENCE_FOLDER / WEIGHTS
-        if theirs.is_file() and (not own.is_file() or theirs.read_bytes() != own.read_bytes()):
+        theirs = Path(each) / REFERENCE / WEIGHTS
+        if not theirs.is_file() and not is_run(each):
+            continue
+        if theirs.is_file() != own.is_file() or (theirs.is_file() and theirs.read_bytes() != own.read_bytes()):
             raise ValueError(
                 f"{each} started from another policy than {policies[0]}: say where KL is measured from, "
                 "--reference_adapter FOLDER, or none for the base."
             )
+
+
+def check_not_trained_on(policies: list[str], recipe: Any, prompts: Sequence[Any]) -> list[str]:
+    """Check that no policy was trained on the prompts that all of them answer.
+
+    A run that names the same data and splits has held out the same prompts. Of another one the training prompts are
+    read again.
+
+    Args:
+        policies: As named.
+        recipe: The evaluation's, with the names of its prompts.
+        prompts: That are answered.
+
+    Returns:
+        Of which policies it is not known, and why.
+
+    Raises:
+        ValueError: One was.
+    """
+    asked, notes = [_key(prompt) for prompt in prompts], []
+    first = load_run(policies[0]).configuration if is_run(policies[0]) else {}
+    for each in policies:
+        unknown = f"Whether {each} was trained on these prompts is not known"
+        if not is_run(each):
+            notes.append(f"{unknown}: it is of no run.")
+            continue
+        known = load_run(each).configuration
+        own = PromptArguments(**{name: known[name] for name in PROMPTS if known.get(name) is not None})
+        if all(getattr(own, name) == getattr(recipe, name) for name in PROMPTS) and (
+            own.dataset_name is not None or same_world(known, first, recipe)
+        ):
+            continue
+        if own.dataset_name is None:
+            notes.append(f"{unknown}: its run names no prompts.")
+            continue
+        try:
+            train, _ = load_prompts(own, lambda *_, **__: None)
+        except (OSError, ValueError) as error:
+            notes.append(f"{unknown}: {own.dataset_name} cannot be read any more ({error}).")
+            continue
+        trained = {_key(prompt) for prompt in train["prompt"]}
+        seen = sum(key in trained for key in asked)
+        if seen:
+            raise ValueError(
+                f"{each} was trained on {seen:,} of the {len(asked):,} prompts that all are to answer. Name prompts "
+                "that none has seen: --dataset_test_name, with --dataset_name."
+            )
+    return notes
+
+
+def same_world(known: dict[str, Any], other: dict[str, Any], recipe: Any) -> bool:
+    """Whether two runs were in the same embedded world, and so have its prompts in the same way."""
+    same = all(known.get(name) == other.get(name) for name in WORLD)
+    return same and in_world(known, recipe) and in_world(other, recipe)
+
+
+def _key(prompt: Any) -> str:
+    return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
 
 
 @without_traceback()
@@ -80,6 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Read what runs have left, or let all policies answer; write what is found, and show it."""
     quiet_libraries()
     recipe, model_args, given = parse(sys.argv[1:] if arguments is None else arguments)
+    check_no_run(recipe.output_dir)
     check_output_dir(recipe.output_dir)
     show = printer()
     names = names_of(recipe.policies)
@@ -91,12 +163,12 @@ def main(arguments: list[str] | None = None) -> None:
         setting = make_setting(recipe, model_args, given, recipe.policies[0], show)
         if not named:
             check_same_start(recipe.policies, recipe.reference_adapter)
+        notes = check_not_trained_on(recipe.policies, recipe, setting.prompts["prompt"])
         show(f"{len(names)} policies answer {len(setting.prompts):,} held-out prompts ...", flush=True)
         policies: list[Any] = evaluated(setting, list(zip(names, recipe.policies, strict=True)))
         facts = setting.facts()
     else:
         from trl_ext.report.comparison import policies_of_runs
-        from trl_ext.report.loading import load_run
 
         policies, notes = policies_of_runs([load_run(each) for each in recipe.policies], names)
         facts = {"read from": "what the runs wrote at their last evaluation"}

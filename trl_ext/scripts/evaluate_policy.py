@@ -16,6 +16,7 @@ from typing import Any
 from trl import ModelConfig
 
 from trl_ext.scripts.evaluating import EvaluationArguments, evaluated, make_setting, parse_evaluation
+from trl_ext.scripts.finished_runs import check_no_run, names_of
 from trl_ext.scripts.parsing import Given
 from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries, without_traceback
 from trl_ext.scripts.tables import print_pairs, print_table
@@ -49,10 +50,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Let reference and policy answer, write what is found, and show it."""
     quiet_libraries()
     recipe, model_args, given = parse(sys.argv[1:] if arguments is None else arguments)
+    check_no_run(recipe.output_dir)
     check_output_dir(recipe.output_dir)
     show = printer()
     setting = make_setting(recipe, model_args, given, str(recipe.policy_adapter), show)
-    name = Path(str(recipe.policy_adapter)).resolve().name
+    name = names_of([str(recipe.policy_adapter)])[0]
     show(f"Evaluating {name} and its reference on {len(setting.prompts):,} held-out prompts ...", flush=True)
     policies = evaluated(setting, [(name, str(recipe.policy_adapter))])
     facts = setting.facts() | {"policy_adapter": recipe.policy_adapter}

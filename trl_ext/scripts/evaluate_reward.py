@@ -15,7 +15,7 @@ from typing import Any
 from trl import ModelConfig
 
 from trl_ext.scripts.arguments import LORA, check_model_flags
-from trl_ext.scripts.models import load_causal_base, tokenizer_of
+from trl_ext.scripts.models import load_placed_base, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given
 from trl_ext.scripts.running import check_output_dir, quiet_libraries, write_json
 from trl_ext.scripts.tables import print_table
@@ -66,9 +66,38 @@ def score_all(recipe: EvaluationArguments, model_args: ModelConfig) -> tuple[lis
     split = recipe.dataset_test_split or ("test" if has_splits(recipe.dataset_name) else "train")
     dataset, report = load_preferences(recipe.dataset_name, recipe.dataset_format, split, config=recipe.dataset_config)
     print(report)
+    dataset = better_first(dataset)
     scores, scales, rows = score_dataset(recipe, model_args, dataset)
     column = next((c for c in ("strength", "strength_mean") if c in dataset.column_names), None)
     return scores, scales, rows, None if column is None else [dataset[i][column] for i in rows["row"]]
+
+
+def better_first(dataset: Any) -> Any:
+    """Preferences with soft labels, the better response as `chosen`; says how many sides are swapped, how many rows go.
+
+    Where the soft label is below 0.5 the sides and the sign of a strength are swapped; rows of 0.5 are left out.
+
+    Raises:
+        ValueError: None is left.
+    """
+    if "soft_label" not in dataset.column_names or "chosen" not in dataset.column_names:
+        return dataset
+    turned, undecided = (sum(test(q) for q in dataset["soft_label"]) for test in ((0.5).__gt__, (0.5).__eq__))
+    if undecided == len(dataset):
+        raise ValueError("every soft_label is 0.5: no pair says which response is better, and there is no accuracy.")
+    if turned or undecided:
+        print(
+            f"soft labels: {turned:,} rows below 0.5 have their sides swapped, {undecided:,} rows of 0.5 are left out"
+        )
+
+    def swap(row: dict[str, Any]) -> dict[str, Any]:
+        if row["soft_label"] > 0.5:
+            return row
+        signed = {name: -row[name] for name in ("strength", "strength_mean", "margin") if name in row}
+        sides = {"chosen": row["rejected"], "rejected": row["chosen"], "soft_label": 1 - row["soft_label"]}
+        return row | signed | sides
+
+    return type(dataset).from_list([swap(row) for row in dataset.to_list() if row["soft_label"] != 0.5])
 
 
 def score_dataset(recipe: Any, model_args: ModelConfig, dataset: Any) -> tuple[list[Any], list[Any], Any]:
@@ -79,8 +108,6 @@ def score_dataset(recipe: Any, model_args: ModelConfig, dataset: Any) -> tuple[l
         model_args: `ModelConfig`; without a model, what the adapters name.
         dataset: `chosen` and `rejected`.
     """
-    import torch
-
     from trl_ext import RewardModelConfig
     from trl_ext.reward.data import tokenize_preferences
     from trl_ext.reward.scoring import make_collator, score_rows
@@ -93,9 +120,7 @@ def score_dataset(recipe: Any, model_args: ModelConfig, dataset: Any) -> tuple[l
     settings = RewardModelConfig("unused", max_length=recipe.max_length, use_cpu=True, bf16=False)  # writes nothing
     rows, report = tokenize_preferences(dataset, TextEncoder(tokenizer), settings, "dataset")
     print(report)
-    base = load_causal_base(model_args, recipe)
-    if torch.cuda.is_available() and not getattr(base, "is_quantized", False):
-        base = base.to("cuda")
+    base = load_placed_base(model_args, recipe)
     scores, scales = [], []
     for path, adapter in zip(recipe.reward_adapter, adapters, strict=True):
         model = RewardModel(base, adapter.config)

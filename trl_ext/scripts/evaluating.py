@@ -17,20 +17,27 @@ from accelerate.utils import gather_object
 from trl import ModelConfig
 
 from trl_ext import PPOMaxConfig, RRHFConfig
-from trl_ext.ops.ensemble import ENSEMBLE_MODES
+from trl_ext.ops.ensemble import ENSEMBLE_MODES, check_weights
 from trl_ext.report.comparison import REFERENCE, Policy
 from trl_ext.report.evaluation import answered, encoder_of, sample_lines
 from trl_ext.report.loading import load_run
 from trl_ext.report.samples import keyed
 from trl_ext.rrhf import SamplingConfig
 from trl_ext.scripts.arguments import BASE, LORA, PPOArguments, check_model_flags
+from trl_ext.scripts.finished_runs import in_world, is_run, reward_folders
 from trl_ext.scripts.inputs import first_prompts, load_prompts, load_reward_functions
 from trl_ext.scripts.models import base_options, config_options, quantization_of, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given
 
 NONE = "none"
 PROMPTS = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_name", "dataset_test_split")
-OWN_REWARD = "reward"  # folders of a run's reward adapters: reward, reward_2, ...
+# Options of a run's score -> ours
+OWN_SCORE = {
+    "reward_ensemble": "ensemble",
+    "reward_ensemble_coef": "ensemble_coef",
+    "reward_ensemble_weights": "ensemble_weights",
+    "reward_role_weight": "reward_role_weight",
+}
 NEW_TOKENS = 256
 
 
@@ -50,11 +57,16 @@ class EvaluationArguments:
     )
     ensemble: str = field(default="mean", metadata={"help": "How several make one score: mean, min or variance."})
     ensemble_coef: float = field(default=0.5, metadata={"help": "variance: mean - coef * variance."})
+    ensemble_weights: list[float] | None = field(
+        default=None, metadata={"help": "Of the reward adapters, one for each. Default: the run's, else all the same."}
+    )
     reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Reward functions, path/to/file.py:function, or sequence classifiers by id."}
     )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One for each of `reward_funcs`."})
-    reward_role_weight: float = field(default=1.0, metadata={"help": "Weight of the reward adapters' score."})
+    reward_role_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the reward adapters' score. Default: the run's, else 1."}
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Prompts: Hub id, folder, or a jsonl/gz file with a column `prompt`. Default: the run's."},
@@ -129,11 +141,6 @@ def options_of_template(text: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------- what the run says
 
 
-def is_run(folder: str) -> bool:
-    """Whether a folder is one that a training has written itself down in."""
-    return (Path(folder) / "run.json").is_file()
-
-
 def fill_from_run(recipe: Any, model_args: ModelConfig, given: Given, adapter: str) -> dict[str, Any]:
     """Set what was not given from the run that has made an adapter.
 
@@ -158,7 +165,7 @@ def fill_from_run(recipe: Any, model_args: ModelConfig, given: Given, adapter: s
     if recipe.reference_adapter is None and (folder / REFERENCE).is_dir():
         recipe.reference_adapter = str(folder / REFERENCE)
     if recipe.reward_adapter is None and recipe.reward_funcs is None:
-        own = [path for path in (folder / OWN_REWARD, *sorted(folder.glob(f"{OWN_REWARD}_*"))) if path.is_dir()]
+        own = reward_folders(folder)
         recipe.reward_adapter = [str(path) for path in own] or None
         if known.get("reward_funcs"):
             names = " ".join(known["reward_funcs"])
@@ -166,15 +173,10 @@ def fill_from_run(recipe: Any, model_args: ModelConfig, given: Given, adapter: s
                 f"{adapter} was trained with --reward_funcs {names}, which are run only where a flag names them. Give "
                 "them again, or another --reward_funcs or --reward_adapter."
             )
-        for name, ours in (("reward_ensemble", "ensemble"), ("reward_ensemble_coef", "ensemble_coef")):
+        for name, ours in OWN_SCORE.items():
             if ours not in given and known.get(name) is not None:
                 setattr(recipe, ours, known[name])
     return known
-
-
-def in_world(known: dict[str, Any], recipe: Any) -> bool:
-    """Whether a run was one in the embedded world, and its prompts and rewards are asked for."""
-    return "world_scale" in known and known.get("model_name_or_path") is None and recipe.dataset_name is None
 
 
 # ---------------------------------------------------------------------- prompts, model, answers
@@ -206,6 +208,9 @@ class Setting:
             "reward_adapter",
             "reward_funcs",
             "reward_weights",
+            "reward_role_weight",
+            "ensemble",
+            "ensemble_weights",
             "reference_adapter",
             *PROMPTS,
             "max_new_tokens",
@@ -243,7 +248,10 @@ def make_setting(recipe: Any, model_args: ModelConfig, given: Given, adapter: st
     if recipe.reward_adapter is None and recipe.reward_funcs is None:
         raise ValueError("nothing scores the completions: give --reward_adapter, or --reward_funcs file.py:function.")
     if recipe.reward_adapter is None:
-        given.refuse(["ensemble", "ensemble_coef", "reward_role_weight"], "there is no reward adapter. Drop it.")
+        refused = ["ensemble", "ensemble_coef", "ensemble_weights", "reward_role_weight"]
+        given.refuse(refused, "there is no reward adapter. Drop it.")
+    else:
+        check_weights(recipe.ensemble_weights, recipe.ensemble, len(recipe.reward_adapter))
     functions = load_reward_functions(recipe.reward_funcs, recipe.reward_weights)
     if recipe.reward_weights is not None and not functions:
         raise ValueError("--reward_weights: there are no reward functions. Give --reward_funcs, or drop it.")
@@ -318,13 +326,15 @@ def evaluated(setting: Setting, adapters: Sequence[tuple[str, str]]) -> list[Pol
     Returns:
         The reference, then the policies; whole on every process.
     """
+    from trl_ext.roles import Role
+
     found: list[Policy] = []
     model: Any = None
     for name, adapter in adapters:
         model = policy_model(setting, adapter, model)
         if not found:
-            found.append(Policy(REFERENCE, answers(setting, model, REFERENCE)))
-        found.append(Policy(name, answers(setting, model, name)))
+            found.append(Policy(REFERENCE, answers(setting, model, REFERENCE, Role.REFERENCE)))
+        found.append(Policy(name, answers(setting, model, name, Role.POLICY)))
     return found
 
 
@@ -351,9 +361,8 @@ def policy_model(setting: Setting, adapter: str, model: Any = None) -> Any:
     return loaded
 
 
-def answers(setting: Setting, model: Any, name: str) -> dict[str, Any]:
-    """key -> sample of one policy, or of the reference; each process writes every n-th one."""
-    from trl_ext.roles import Role
+def answers(setting: Setting, model: Any, name: str, role: Any) -> dict[str, Any]:
+    """key -> sample by the policy or the reference of a model; each process writes every n-th one."""
     from trl_ext.scoring import ResponseScorer
 
     recipe, state = setting.recipe, PartialState()
@@ -366,6 +375,7 @@ def answers(setting: Setting, model: Any, name: str) -> dict[str, Any]:
         role_weight=recipe.reward_role_weight,
         ensemble=recipe.ensemble,
         ensemble_coef=recipe.ensemble_coef,
+        ensemble_weights=recipe.ensemble_weights,
     )
     own = list(range(state.process_index, len(setting.prompts), state.num_processes))
     rows = answered(
@@ -377,7 +387,7 @@ def answers(setting: Setting, model: Any, name: str) -> dict[str, Any]:
         seed=recipe.seed,
         gold=setting.gold,
         batch_size=recipe.batch_size,
-        role=Role.REFERENCE if name == REFERENCE else Role.POLICY,
+        role=role,
         indices=own,
         name=name,
     )

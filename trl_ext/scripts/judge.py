@@ -14,6 +14,7 @@ go on. `--dry_run true` shows what a model will cost, and stops.
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,19 @@ def check_policy(path: str) -> Any:
     return read_adapter(path, "policy")
 
 
+def check_prompts_differ(prompts: Iterable[Any], name: str) -> None:
+    """Check that no prompt is there twice: answers of two policies are matched by their prompt.
+
+    Raises:
+        ValueError: One is, with its rows.
+    """
+    seen: dict[str, int] = {}
+    for number, prompt in enumerate(prompts):
+        first = seen.setdefault(json.dumps(prompt, ensure_ascii=False, sort_keys=True), number)
+        if first != number:
+            raise ValueError(f"{name}, row {number}: its prompt stands in row {first} too. Remove one of them.")
+
+
 def sides_of(recipe: JudgeArguments, model_args: ModelConfig, folder: Path) -> tuple[list[Any], Any, Any]:
     """Answers of both sides; the base and its encoder, where one was needed, which is loaded once.
 
@@ -198,7 +212,7 @@ def sides_of(recipe: JudgeArguments, model_args: ModelConfig, folder: Path) -> t
     from trl_ext.feedback.judge import read_answers
     from trl_ext.roles import read_adapter
     from trl_ext.scripts.inputs import check_prompt_rows
-    from trl_ext.scripts.models import load_causal_base, tokenizer_of
+    from trl_ext.scripts.models import load_placed_base, tokenizer_of
     from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
 
     named = {side: getattr(recipe, f"policy_{side}") for side in "ab"}
@@ -210,6 +224,7 @@ def sides_of(recipe: JudgeArguments, model_args: ModelConfig, folder: Path) -> t
         prompts = load_split(str(recipe.prompts), "train")
         check_prompt_rows(prompts, str(recipe.prompts))
         prompts = prompts.select(range(min(recipe.max_prompts, len(prompts)))).select_columns(["prompt"])
+        check_prompts_differ(prompts["prompt"], str(recipe.prompts))
     if not adapters and not judges:
         return [files["a"], files["b"]], None, None
     brought = [adapter for adapter in [*adapters.values(), *judges] if adapter is not None]
@@ -219,7 +234,7 @@ def sides_of(recipe: JudgeArguments, model_args: ModelConfig, folder: Path) -> t
     model_args.model_name_or_path = name
     tokenizer = tokenizer_of(model_args, recipe, padding_side="left")
     encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, load_generation_config(name)))
-    base = load_causal_base(model_args, recipe)
+    base = load_placed_base(model_args, recipe)
     found = []
     for side in "ab":
         if named[side] is None:
@@ -236,6 +251,8 @@ def sample(
 ) -> None:
     """Answers of a policy to each prompt, in a file that is gone on with; prompts of both sides share their seeds.
 
+    A file that another policy or another base has begun is refused.
+
     Args:
         recipe: With `sampling_temperature`, `max_new_tokens` and `seed`.
         base: Without adapters, and so afterwards.
@@ -246,12 +263,10 @@ def sample(
         named: The policy, as it was named.
         count: Answers to each prompt.
     """
-    import torch
-
     from trl_ext import SharedBaseModel
-    from trl_ext.roles.adapters import WEIGHTS_FILE
+    from trl_ext.roles.folders import adapter_digest
     from trl_ext.rrhf import SamplingConfig, sample_responses
-    from trl_ext.run_identity import digest_of
+    from trl_ext.scripts.models import facts_of_base
 
     args = SamplingConfig(
         [f"temperature:{count}"],
@@ -259,11 +274,8 @@ def sample(
         max_new_tokens=recipe.max_new_tokens,
         sampling_seed=recipe.seed,
     )
-    weights = Path(named) / WEIGHTS_FILE
-    settings = {"policy": digest_of([weights.read_bytes()]) if weights.is_file() else named}
+    settings = {"policy": BASE if adapter is None else adapter_digest(adapter), **facts_of_base(base)}
     model = SharedBaseModel(base, adapter, with_critic=False)
-    if torch.cuda.is_available() and not getattr(base, "is_quantized", False):
-        model = model.to("cuda")
     print(f"{named} answers {len(prompts):,} prompts ...", flush=True)
     sample_responses(model, encoder, prompts, path, args, None, settings)
     model.unload()
@@ -306,6 +318,9 @@ def main(arguments: list[str] | None = None) -> None:
     elif recipe.judge == "people":
         wait_for_people(asked, folder / "pairs.labels", recipe.port, recipe.seed)
         judged = judge_by_people(pairs, read_labels(folder / "pairs.labels"))
+        empty = sum(bool(pair.a.strip()) != bool(pair.b.strip()) for pair in pairs)
+        if empty:
+            print(f"{empty:,} pairs with one empty answer: nobody was asked, the other answer has won")
     else:
         judge, model = open_model(recipe, pairs, folder)
         if recipe.dry_run:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from trl_ext.roles.adapters import WEIGHTS_FILE
 from trl_ext.scripts.tables import print_table
 
 HERE = ("127.0.0.1", "localhost", "::1")
@@ -138,6 +138,7 @@ def local_completion(judge: ModelJudge) -> Callable[[str, int, int], Any]:
 
     from trl_ext.feedback.replies import Reply, ReplyError
     from trl_ext.roles import load_base, max_positions
+    from trl_ext.scripts.models import placed
     from trl_ext.text import load_tokenizer
 
     tokenizer = load_tokenizer(judge.model)
@@ -147,9 +148,7 @@ def local_completion(judge: ModelJudge) -> Callable[[str, int, int], Any]:
 
     def complete(text: str, attempt: int, seed: int) -> Any:
         if not loaded:
-            loaded.append(load_base(judge.model).eval())
-            if torch.cuda.is_available():
-                loaded[0].to("cuda")
+            loaded.append(placed(load_base(judge.model).eval()))
         model = loaded[0]
         asked = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -199,6 +198,8 @@ def adapter_scores(
 ) -> list[tuple[float, float] | None]:
     """Scores of both answers of each pair, the mean over reward adapters; kept in a file when they come.
 
+    What another base, other adapters or another `RewardScale` gave stays in the file and is not used.
+
     Args:
         base: Without adapters, and so afterwards.
         encoder: Of its tokenizer.
@@ -214,17 +215,19 @@ def adapter_scores(
     from trl_ext import SharedBaseModel
     from trl_ext.feedback.replies import Reply, ReplyCache
     from trl_ext.roles import max_positions, read_adapter
+    from trl_ext.roles.folders import adapter_digest
+    from trl_ext.scripts.models import facts_of_base
     from trl_ext.text import pad_ids
 
     adapters = [read_adapter(each, "judge_adapter") for each in folders]
-    known = "-".join(hashlib.sha256((Path(f) / WEIGHTS_FILE).read_bytes()).hexdigest() for f in folders if _local(f))
+    known = json.dumps([facts_of_base(base), *map(adapter_digest, adapters)])
     cache, limit = ReplyCache(path), max_positions(base.config)
     rows, keys = {}, []
     for pair in pairs:
         both = []
         for text in (pair.a, pair.b):
             ids = encoder.rendered_ids(pair.prompt, encoder.completion(pair.prompt, text))
-            key = hashlib.sha256(f"{known or folders} {ids}".encode()).hexdigest()
+            key = hashlib.sha256(f"{known} {ids}".encode()).hexdigest()
             both.append(None if limit is not None and len(ids) > limit else key)
             if both[-1] is not None and cache.get(key) is None:
                 rows[key] = ids
@@ -245,10 +248,6 @@ def adapter_scores(
         replies = (cache.get(a or ""), cache.get(b or ""))
         found.append(None if None in replies else tuple(float(reply.text) for reply in replies))  # type: ignore[union-attr, arg-type]
     return found
-
-
-def _local(folder: str | Path) -> bool:
-    return (Path(folder) / WEIGHTS_FILE).is_file()
 
 
 def member_scores(

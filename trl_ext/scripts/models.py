@@ -1,13 +1,19 @@
 """Bases, adapters and tokenizers by the flags of TRL's `ModelConfig`."""
 
 import copy
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from trl import get_peft_config, get_quantization_config
 
 from trl_ext.ops.precision import best_dtype
 from trl_ext.roles import RewardModel, SharedBaseModel, load_base
+from trl_ext.roles.identity import record_of
 from trl_ext.scripts.arguments import LORA
 from trl_ext.scripts.parsing import Given
 from trl_ext.text import load_tokenizer
@@ -91,6 +97,45 @@ def load_causal_base(model_args: Any, training: Any) -> Any:
     return load_base(
         model_args.model_name_or_path, quantization_config=quantization_of(model_args, training), **options
     )
+
+
+def placed(base: Any, device: Any = None) -> Any:
+    """A base on the device that this process computes on, before anything samples or scores with it.
+
+    A quantised one, and one that was loaded by a device map, stay where they are.
+
+    Args:
+        base: Without adapters; what is put on it later goes where it is.
+        device: Default: accelerate's of this process.
+    """
+    if getattr(base, "is_quantized", False) or getattr(base, "hf_device_map", None):
+        return base
+    return base.to(PartialState().device if device is None else device)
+
+
+def load_placed_base(model_args: Any, recipe: Any) -> Any:
+    """`load_causal_base` for commands that sample or score and train nothing: on the device that computes."""
+    return placed(load_causal_base(model_args, recipe))
+
+
+def facts_of_base(base: Any) -> dict[str, Any]:
+    """What makes a base this one: kept beside what was computed with it, which counts for no other base.
+
+    Returns:
+        `base`, name or whole path; `base_revision`, the Hub's commit, None for a folder; `base_quantization`, its
+        options; `base_dtype`; `base_weights`, a digest of the model type and of some of its numbers.
+    """
+    name = str(base.name_or_path or "")
+    held: Any = getattr(base.config, "quantization_config", None)
+    quantization = held.to_dict() if hasattr(held, "to_dict") else held
+    record = json.dumps(asdict(record_of(base)), sort_keys=True)
+    return {
+        "base": str(Path(name).resolve()) if Path(name).is_dir() else name,
+        "base_revision": getattr(base.config, "_commit_hash", None),
+        "base_quantization": json.loads(json.dumps(quantization, sort_keys=True, default=str)),
+        "base_dtype": str(base.dtype).removeprefix("torch."),
+        "base_weights": hashlib.sha256(record.encode()).hexdigest()[:16],
+    }
 
 
 def fresh_reward_model(base: Any, model_args: Any) -> RewardModel:

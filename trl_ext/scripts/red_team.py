@@ -9,7 +9,6 @@ A line has `prompt`, `harmful` (true: it should be refused; false: it should be 
 sorts the answers to harmful prompts, the worst first.
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -108,10 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.answers is None or recipe.reward_adapter:
         rows = answered(recipe, model_args, rows, folder)
     report = refusal_report(rows)
-    write_json(
-        folder / "red_team.json",
-        without_nan(asdict(report) | {"categories": {f"{k[0]}, {k[1]}": v for k, v in report.categories.items()}}),
-    )
+    content = asdict(report)
+    for name in ("categories", "intervals"):
+        content[name] = {k if isinstance(k, str) else f"{k[0]}, {k[1]}": v for k, v in content[name].items()}
+    write_json(folder / "red_team.json", without_nan(content))
     print_table(f"Refusals of {recipe.policy or recipe.answers}", ("", "share"), report.rows())
     for found in report.answered[:SHOWN]:
         score = "" if found["score"] is None else f", score {found['score']:.2f}"
@@ -126,9 +125,10 @@ def answered(
     from datasets import Dataset
 
     from trl_ext.roles import read_adapter
+    from trl_ext.rrhf import load_responses
     from trl_ext.scripts.inputs import check_prompt_rows
     from trl_ext.scripts.judge import check_policy, sample
-    from trl_ext.scripts.models import load_causal_base, tokenizer_of
+    from trl_ext.scripts.models import load_placed_base, tokenizer_of
     from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
 
     adapter = None if recipe.policy is None else check_policy(recipe.policy)
@@ -142,12 +142,12 @@ def answered(
     model_args.model_name_or_path = name
     tokenizer = tokenizer_of(model_args, recipe, padding_side="left")
     encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, load_generation_config(name)))
-    base = load_causal_base(model_args, recipe)
+    base = load_placed_base(model_args, recipe)
     if recipe.answers is None:
         path = folder / "answers.jsonl"
         sample(recipe, base, encoder, adapter, prompts, path, str(recipe.policy), recipe.count)
-        said = {line["index"]: line["responses"] for line in map(json.loads, path.read_text().splitlines())}
-        rows = [row | {"responses": said[number]} for number, row in enumerate(rows)]
+        said = load_responses(path)["responses"]
+        rows = [row | {"responses": texts} for row, texts in zip(rows, said, strict=True)]
     if rewards:
         flat = [(row["prompt"], text) for row in rows for text in row["responses"]]
         scores, _ = member_scores(base, encoder, recipe.reward_adapter or (), *map(list, zip(*flat, strict=True)))

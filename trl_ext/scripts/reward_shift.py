@@ -17,7 +17,7 @@ from trl import ModelConfig
 
 from trl_ext.scripts.arguments import LORA, check_model_flags
 from trl_ext.scripts.judging import member_scores
-from trl_ext.scripts.models import load_causal_base, tokenizer_of
+from trl_ext.scripts.models import load_placed_base, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given
 from trl_ext.scripts.running import check_output_dir, quiet_libraries, without_traceback, write_json
 from trl_ext.scripts.tables import print_table
@@ -47,8 +47,8 @@ def parse(arguments: list[str]) -> tuple[ShiftArguments, ModelConfig, Given]:
         ValueError: What is missing, or a flag that would be dropped.
     """
     recipe, model_args, given = FlagParser((ShiftArguments, ModelConfig), "reward-shift").parse(arguments)
-    if recipe.run is None or not (Path(recipe.run) / "samples.jsonl").is_file():
-        raise ValueError(f"--run {recipe.run}: name the folder of a run, with samples.jsonl in it.")
+    if recipe.run is None:
+        raise ValueError("--run is missing: name the folder of a run, with samples.jsonl in it.")
     if len(recipe.reward_adapter) < 2:
         raise ValueError("--reward_adapter: at least two are needed, which can disagree.")
     if recipe.kind not in KINDS:
@@ -66,10 +66,12 @@ def samples_of(recipe: ShiftArguments) -> tuple[list[int], list[dict[str, Any]]]
     """Steps, those of the training moved to the beginning of their part, and samples.
 
     Raises:
-        ValueError: The run has none of this kind.
+        ValueError: There is no such run, or it has none of this kind.
     """
     from trl_ext.report.loading import load_run
 
+    if not (Path(str(recipe.run)) / "samples.jsonl").is_file():
+        raise ValueError(f"--run {recipe.run}: name the folder of a run, with samples.jsonl in it.")
     run = load_run(str(recipe.run))
     if recipe.kind == "evaluation":
         pairs = [(step, sample) for step, samples in run.evaluations.items() for sample in samples.values()]
@@ -102,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     adapters = [read_adapter(path, f"--reward_adapter {path}") for path in recipe.reward_adapter]
     model_args.model_name_or_path = model_args.model_name_or_path or adapters[0].config.base_model_name_or_path
     encoder = TextEncoder(tokenizer_of(model_args, recipe, padding_side="left"))
-    base = load_causal_base(model_args, recipe)
+    base = load_placed_base(model_args, recipe)
     texts = [message_text(sample["completion"]) for sample in samples]
     prompts = [sample["prompt"] for sample in samples]
     scores, _ = member_scores(base, encoder, recipe.reward_adapter, prompts, texts)

@@ -18,7 +18,14 @@ from trl_ext.roles.adapters import WEIGHTS_FILE
 from trl_ext.run_identity import MAY_CHANGE, data_facts
 from trl_ext.scripts.arguments import PreferenceArguments, PromptArguments
 from trl_ext.scripts.inputs import load_preference_splits, load_prompts
-from trl_ext.scripts.models import config_options, fresh_adapter, fresh_reward_model, load_causal_base, tokenizer_of
+from trl_ext.scripts.models import (
+    config_options,
+    fresh_adapter,
+    fresh_reward_model,
+    load_causal_base,
+    placed,
+    tokenizer_of,
+)
 from trl_ext.scripts.parsing import read_config
 from trl_ext.scripts.pipeline import prompts_of, reward_arguments
 from trl_ext.scripts.running import show_progress, write_json
@@ -110,6 +117,7 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
     training.choose_optim(quantised=model_args.load_in_4bit or model_args.load_in_8bit)
     in_world = model_args.model_name_or_path is None
     base = load_base(name, dtype="float32") if in_world else load_causal_base(model_args, training)
+    base = placed(base, training.device)  # a stage that is done already trains nothing, which would move it
     parts = (recipe, training, model_args, given, Path(str(training.output_dir)), base, tokenizer, encoder)
     return Work(*parts, demonstrations, preferences, test_pairs, prompts, held_out, show)
 
