@@ -3,12 +3,17 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
+import torch
+import trl
+from datasets import Dataset
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tests.ppo import tiny
-from trl_ext.scripts import rlhf, rlhf_rounds, rlhf_stages
+from trl_ext.scripts import rlhf, rlhf_facts, rlhf_rounds, rlhf_stages
 
 OWN = ["--model_name_or_path=m", "--output_dir=x", "--use_cpu", "--preferences=p.jsonl"]
 
@@ -61,15 +66,78 @@ def test_a_configuration_with_a_wrong_key_is_named(tmp_path: Path):
 
 
 def test_a_stage_that_was_made_of_something_else_is_an_error(tmp_path: Path):
-    assert not rlhf_stages.done(tmp_path, {"seed": 1})
-    rlhf_stages.finish(tmp_path, {"seed": 1, "path": Path("a")})
-    assert rlhf_stages.done(tmp_path, {"seed": 1, "path": Path("a")})
-    with pytest.raises(ValueError, match=r"was made with other settings \(seed\)"):
-        rlhf_stages.done(tmp_path, {"seed": 2, "path": Path("a")})
+    assert not rlhf_facts.done(tmp_path, {"seed": 1})
+    rlhf_facts.finish(tmp_path, {"seed": 1, "path": Path("a"), "options": {"lr": 1, "steps": 2}})
+    assert rlhf_facts.done(tmp_path, {"seed": 1, "path": Path("a"), "options": {"lr": 1, "steps": 2}})
+    with pytest.raises(ValueError, match=r"was made with other settings \(options: lr, seed\)"):
+        rlhf_facts.done(tmp_path, {"seed": 2, "path": Path("a"), "options": {"lr": 3, "steps": 2}})
+
+
+def test_a_stage_that_was_begun_with_something_else_or_nobody_knows_what_is_an_error(tmp_path: Path):
+    rlhf_facts.begin(tmp_path / "a", {"seed": 1})
+    rlhf_facts.begin(tmp_path / "a", {"seed": 1})
+    with pytest.raises(ValueError, match=r"a was begun with other settings \(seed\)"):
+        rlhf_facts.begin(tmp_path / "a", {"seed": 2})
+    (tmp_path / "b" / "member_1" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"b holds member_1/checkpoint-3, and no begun\.json"):
+        rlhf_facts.begin(tmp_path / "b", {"seed": 1})
 
 
 class Killed(BaseException):
     pass
+
+
+def killed(*args, **kwargs):
+    raise Killed
+
+
+def rows(count: int, answer: str = "good") -> Dataset:
+    names = {"prompt": "p", "chosen": answer, "rejected": "bad"}
+    return Dataset.from_list([{name: f"{text} {i}" for name, text in names.items()} for i in range(count)])
+
+
+def work_of(folder: Path, *flags: str, **parts) -> rlhf_stages.Work:
+    """A run in the embedded world without a base."""
+    recipe, training, model_args, given = rlhf.parse([f"--output_dir={folder}", "--seed=3", *flags])
+    nothing = dict.fromkeys(("base", "tokenizer", "encoder"), MagicMock())
+    data = {"demonstrations": rows(4), "preferences": rows(6), "test_pairs": rows(2, "test")}
+    data |= {name: Dataset.from_dict({"prompt": [f"{name} {i}" for i in range(4)]}) for name in ("prompts", "held_out")}
+    return rlhf_stages.Work(recipe, training, model_args, given, folder, **nothing | data | {"show": print} | parts)
+
+
+def test_a_stage_that_was_killed_does_not_go_on_with_other_data_or_options(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(rlhf_stages, "train_ensemble", killed)
+    monkeypatch.setattr(rlhf_stages, "fresh_reward_model", MagicMock())
+    with pytest.raises(Killed):
+        rlhf_stages.run_rewards(work_of(tmp_path), 1, {"start": rows(6)}, [])
+    with pytest.raises(Killed):
+        rlhf_stages.run_rewards(work_of(tmp_path), 1, {"start": rows(6)}, [])
+    with pytest.raises(ValueError, match=r"round_1/reward was begun with other settings \(content of preferences\)"):
+        rlhf_stages.run_rewards(work_of(tmp_path), 1, {"start": rows(6, "other")}, [])
+
+    monkeypatch.setattr(trl, "SFTTrainer", killed)
+    with pytest.raises(Killed):
+        rlhf_stages.run_sft(work_of(tmp_path))
+    with pytest.raises(ValueError, match=r"sft was begun with other settings \(content of sft_dataset, rows"):
+        rlhf_stages.run_sft(work_of(tmp_path, demonstrations=rows(5)))
+    with pytest.raises(ValueError, match=r"sft was begun with other settings \(options: .*learning_rate"):
+        rlhf_stages.run_sft(work_of(tmp_path, "--sft_config=sft"))
+
+
+def test_sft_goes_on_at_a_checkpoint_that_is_whole(tmp_path: Path, capsys):
+    for step in (5, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"w": torch.zeros(2)}, folder / "adapter_model.safetensors")
+        for name in ("adapter_config.json", "trainer_state.json"):
+            (folder / name).write_text("{}")
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.save({}, folder / name)
+    work = work_of(tmp_path)
+    assert rlhf_stages.sft_checkpoint(work, tmp_path) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
+    assert rlhf_stages.sft_checkpoint(work, tmp_path) == str(tmp_path / "checkpoint-5")
+    assert "checkpoint-10 was passed over: trainer_state.json is missing" in capsys.readouterr().out
 
 
 def run(folder: Path, *flags: str) -> None:

@@ -16,7 +16,8 @@ from trl_ext.scripts.judging import (
     open_judge,
     wait_for_people,
 )
-from trl_ext.scripts.rlhf_stages import Work, digest, done, finish, paying
+from trl_ext.scripts.rlhf_facts import digest, done, finish
+from trl_ext.scripts.rlhf_stages import Work, paying
 from trl_ext.scripts.running import write_json
 from trl_ext.scripts.tables import print_table
 

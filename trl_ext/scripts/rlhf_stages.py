@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,18 +10,18 @@ from typing import Any
 
 from datasets import Dataset
 
+from trl_ext.checkpoints import newest_whole
 from trl_ext.data import convert_rows, join_datasets, load_split
 from trl_ext.reward.strength import is_trained, train_ensemble
-from trl_ext.roles.adapters import WEIGHTS_FILE
 from trl_ext.run_identity import MAY_CHANGE, data_facts
 from trl_ext.scripts.arguments import PreferenceArguments, PromptArguments
 from trl_ext.scripts.inputs import load_preference_splits, load_prompts
 from trl_ext.scripts.models import config_options, fresh_adapter, fresh_reward_model, load_causal_base, tokenizer_of
 from trl_ext.scripts.parsing import read_config
 from trl_ext.scripts.pipeline import prompts_of, reward_arguments
+from trl_ext.scripts.rlhf_facts import begin, digest, done, finish, model_facts
 from trl_ext.scripts.running import show_progress, write_json
 
-STAGE = "stage.json"
 WORLD_DEMONSTRATIONS, WORLD_TEST_PAIRS = 3200, 500
 MACHINE = ("use_cpu", "bf16", "fp16", "report_to", "disable_tqdm", "dataloader_pin_memory")  # of the whole run
 FREE = {name for names in MAY_CHANGE.values() for name in names} | {"output_dir", "max_steps", "num_train_epochs"}
@@ -166,49 +164,7 @@ def _world(recipe: Any, training: Any, show: Callable[..., Any]) -> tuple[str, t
     return str(base), (told, *sets, *(Dataset.from_dict({"prompt": each}) for each in prompts))
 
 
-# ---------------------------------------------------------------------- a stage is done once
-
-
-def done(folder: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether a stage is there, made of the same.
-
-    Args:
-        folder: Of the stage.
-        facts: What it hangs on.
-
-    Raises:
-        ValueError: It is there, made of something else; names what.
-    """
-    path = folder / STAGE
-    if not path.is_file():
-        return False
-    found = json.loads(path.read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(facts, default=str))
-    differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-    if differing:
-        raise ValueError(
-            f"{folder} was made with other settings ({', '.join(differing)}): give those of then, name another "
-            "--output_dir, or remove this folder and those of later rounds."
-        )
-    return True
-
-
-def finish(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write down that a stage is done, last of all."""
-    write_json(folder / STAGE, json.loads(json.dumps(facts, default=str)))
-
-
-def digest(folder: Path) -> str:
-    """Of the weights of an adapter; of one on the Hub its id."""
-    path = folder / WEIGHTS_FILE
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(folder)
-
-
-def model_facts(work: Work) -> dict[str, Any]:
-    """What every stage hangs on: the base, and the flags that shape adapters."""
-    args = work.model_args
-    names = ("model_name_or_path", "model_revision", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha")
-    return {name: getattr(args, name) for name in names} | {"seed": work.training.seed}
+# ---------------------------------------------------------------------- trainings on one base
 
 
 @contextlib.contextmanager
@@ -256,7 +212,6 @@ def sft_arguments(path: str, training: Any, folder: Path) -> Any:
 def run_sft(work: Work) -> Path:
     """Stage 1: the folder of the SFT adapter."""
     from accelerate.utils import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import SFTTrainer
 
     from trl_ext.roles import lora_config
@@ -269,6 +224,7 @@ def run_sft(work: Work) -> Path:
     if done(folder, facts):
         work.show("SFT is there.")
         return folder
+    begin(folder, facts)
     work.show(f"SFT on {len(work.demonstrations or ()):,} demonstrations ...", flush=True)
     set_seed(work.training.seed)
     with lent(work.base):
@@ -283,11 +239,19 @@ def run_sft(work: Work) -> Path:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         show_progress(trainer, {"loss": "loss"})
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        trainer.train(resume_from_checkpoint=sft_checkpoint(work, folder))
         trainer.model.save_pretrained(str(folder))
         trainer.model.unload()
     finish(folder, facts)
     return folder
+
+
+def sft_checkpoint(work: Work, folder: Path) -> str | None:
+    """The newest whole checkpoint of the SFT stage; newer ones that are torn are named."""
+    path, torn, _ = newest_whole(folder)
+    for each, problem in torn.items():
+        work.show(f"SFT: {each.name} was passed over: {problem}")
+    return None if path is None else str(path)
 
 
 # ---------------------------------------------------------------------- 2. reward models
@@ -312,6 +276,7 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
     if done(folder, facts) and all(map(is_trained, members)):
         work.show(f"Round {number}: reward models are there.")
         return members
+    begin(folder, facts)
     work.show(f"Round {number}: {len(members)} reward models on {len(preferences):,} pairs ...", flush=True)
     seed = work.training.seed + 1000 * (number - 1)
     args = reward_arguments(path, **machine_of(work.training) | {"output_dir": str(folder), "seed": seed})
