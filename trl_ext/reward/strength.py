@@ -80,7 +80,7 @@ def is_trained(folder: str | Path) -> bool:
 
 
 def made_of(trainer: Trains, start: str | Path | None) -> dict[str, Any]:
-    """What a member is made of: the identity of its run, its length, its scale, and the adapter that it goes on from."""
+    """What a member is made of: the identity of its run, its length and scale, and the adapter that it goes on from."""
     facts = trainer.identity.identity() | {name: getattr(trainer.args, name) for name in OF_A_WHOLE_ONE}
     if start is not None:
         path = Path(start) / WEIGHTS_FILE

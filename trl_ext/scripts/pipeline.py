@@ -31,6 +31,7 @@ from trl_ext import PPOMaxConfig
 from trl_ext.reward.strength import is_trained, train_ensemble
 from trl_ext.roles.adapters import WEIGHTS_FILE
 from trl_ext.scripts.arguments import PreferenceArguments, check_model_flags
+from trl_ext.scripts.held_out import prompts_of_both
 from trl_ext.scripts.inputs import load_preference_splits
 from trl_ext.scripts.models import config_options, fresh_adapter, fresh_reward_model, load_causal_base, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given, read_config
@@ -149,24 +150,6 @@ def train_rewards(
 
 
 # ---------------------------------------------------------------------- 2. PPO-Max
-
-
-def prompts_of(rows: Any, encoder: Any, longest: int) -> Any:
-    """The different prompts of preference rows, without those that are too long.
-
-    Raises:
-        ValueError: None is left.
-    """
-    from datasets import Dataset
-
-    prompts = list({json.dumps(prompt): prompt for prompt in rows["prompt"]}.values())
-    lengths = encoder.prompt_lengths(prompts)
-    kept = [{"prompt": prompt} for prompt, length in zip(prompts, lengths, strict=True) if length <= longest]
-    left = len(prompts) - len(kept)
-    printer()(f"{len(kept):,} different prompts of at most {longest} tokens, {left:,} longer ones left out")
-    if not kept:
-        raise ValueError(f"--max_prompt_length {longest}: the shortest prompt has {min(lengths)} tokens. Raise it.")
-    return Dataset.from_list(kept)
 
 
 def tune(
@@ -372,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
     options: Any = training.chat_template_kwargs
     ends = end_token_ids(tokenizer, load_generation_config(str(model_args.model_name_or_path)))
     encoder = TextEncoder(tokenizer, ends, options)
-    prompts = [prompts_of(rows, encoder, recipe.max_prompt_length) for rows in (train, test)]
+    prompts = prompts_of_both(train, test, encoder, recipe.max_prompt_length, printer())
     config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
     check_inputs(training, encoder, max_positions(config), prompts[0], prompts[1], None, scored=True)
     training.choose_optim(quantised=model_args.load_in_4bit or model_args.load_in_8bit)

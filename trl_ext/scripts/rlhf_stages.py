@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,18 +10,16 @@ from typing import Any
 from datasets import Dataset
 
 from trl_ext.checkpoints import newest_whole
-from trl_ext.data import convert_rows, join_datasets, load_split
+from trl_ext.data import join_datasets
 from trl_ext.reward.strength import is_trained, train_ensemble
 from trl_ext.run_identity import MAY_CHANGE, data_facts
-from trl_ext.scripts.arguments import PreferenceArguments, PromptArguments
-from trl_ext.scripts.inputs import load_preference_splits, load_prompts
 from trl_ext.scripts.models import config_options, fresh_adapter, fresh_reward_model, load_causal_base, tokenizer_of
 from trl_ext.scripts.parsing import read_config
-from trl_ext.scripts.pipeline import prompts_of, reward_arguments
+from trl_ext.scripts.pipeline import reward_arguments
+from trl_ext.scripts.rlhf_data import own_data, world_data
 from trl_ext.scripts.rlhf_facts import begin, digest, done, finish, model_facts
 from trl_ext.scripts.running import show_progress, write_json
 
-WORLD_DEMONSTRATIONS, WORLD_TEST_PAIRS = 3200, 500
 MACHINE = ("use_cpu", "bf16", "fp16", "report_to", "disable_tqdm", "dataloader_pin_memory")  # of the whole run
 FREE = {name for names in MAY_CHANGE.values() for name in names} | {"output_dir", "max_steps", "num_train_epochs"}
 
@@ -93,7 +90,7 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
     else:
         read_adapter(recipe.policy_adapter, "--policy_adapter")
     if model_args.model_name_or_path is None:
-        name, data = _world(recipe, training, show)
+        name, data = world_data(recipe, training, show)
         tokenizer = load_tokenizer(name)
         encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, load_generation_config(name)))
     else:
@@ -101,7 +98,7 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
         tokenizer = tokenizer_of(model_args, training, truncation_side="left", padding_side="left")
         ends = end_token_ids(tokenizer, load_generation_config(name))
         encoder = TextEncoder(tokenizer, ends, training.chat_template_kwargs)
-        data = _own_data(recipe, training, encoder, show)
+        data = own_data(recipe, training, encoder, show)
     demonstrations, preferences, test_pairs, prompts, held_out = data
     config = load_base_config(name, **config_options(model_args, training))
     check_inputs(training, encoder, max_positions(config), prompts, held_out, None, scored=True)
@@ -110,58 +107,6 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
     base = load_base(name, dtype="float32") if in_world else load_causal_base(model_args, training)
     parts = (recipe, training, model_args, given, Path(str(training.output_dir)), base, tokenizer, encoder)
     return Work(*parts, demonstrations, preferences, test_pairs, prompts, held_out, show)
-
-
-def _own_data(recipe: Any, training: Any, encoder: Any, show: Callable[..., Any]) -> tuple[Any, ...]:
-    demonstrations = None
-    if recipe.sft_dataset is not None:
-        demonstrations = load_split(recipe.sft_dataset, "train")
-        check_demonstrations(demonstrations, recipe.sft_dataset)
-    named = PreferenceArguments(
-        dataset_name=recipe.preferences,
-        dataset_format=recipe.preferences_format,
-        dataset_test_name=recipe.preferences_test,
-    )
-    preferences, test_pairs = load_preference_splits(named, training.seed, show)
-    if "chosen" not in preferences.column_names:
-        raise ValueError(f"--preferences {recipe.preferences}: rankings; this recipe labels and trains on pairs.")
-    rows: tuple[Any, Any] = (preferences, test_pairs)
-    if recipe.prompts is not None:
-        rows = load_prompts(PromptArguments(recipe.prompts, dataset_test_name=recipe.prompts_test), show)
-    prompts, held_out = (prompts_of(each, encoder, recipe.max_prompt_length) for each in rows)
-    return demonstrations, preferences, test_pairs, prompts, held_out
-
-
-def check_demonstrations(dataset: Any, name: str) -> None:
-    """Check that TRL's SFTTrainer can learn from the rows.
-
-    Raises:
-        ValueError: No rows, or none of its columns.
-    """
-    columns = set(dataset.column_names)
-    if not len(dataset) or not ({"prompt", "completion"} <= columns or columns & {"messages", "text"}):
-        raise ValueError(
-            f"--sft_dataset {name} has {len(dataset):,} rows with the columns {sorted(columns)}: it needs prompt and "
-            "completion, or messages, or text."
-        )
-
-
-def _world(recipe: Any, training: Any, show: Callable[..., Any]) -> tuple[str, tuple[Any, ...]]:
-    """The folder of the embedded world's base, and its data."""
-    from trl_ext.toy import build_base
-    from trl_ext.toy.task import demonstrations, preference_pairs, sample_prompts
-
-    seed = training.seed if recipe.world_seed is None else recipe.world_seed
-    folder = Path(str(training.output_dir)) / "world"
-    show(f"No --model_name_or_path, so this is the embedded world, in {folder}.", flush=True)
-    base = build_base(folder, seed, scale=recipe.world_scale)
-    count = max(64, round(WORLD_DEMONSTRATIONS * min(1.0, recipe.world_scale)))
-    told = Dataset.from_list(demonstrations(count, random.Random(f"rlhf-demonstrations-{seed}")))
-    pairs = preference_pairs(recipe.world_pairs, random.Random(f"rlhf-preferences-{seed}"))
-    test = preference_pairs(WORLD_TEST_PAIRS, random.Random(f"rlhf-test-{seed}"), temperature=0, split="eval")
-    sets = (Dataset.from_list(convert_rows(rows)[0].to_list()) for rows in (pairs, test))
-    prompts = (sample_prompts(n, random.Random(f"rlhf-{s}-{seed}"), s) for s, n in (("train", 4096), ("eval", 512)))
-    return str(base), (told, *sets, *(Dataset.from_dict({"prompt": each}) for each in prompts))
 
 
 # ---------------------------------------------------------------------- trainings on one base
