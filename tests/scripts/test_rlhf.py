@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tests.ppo import tiny
+from trl_ext.feedback.labels import LabelFile
 from trl_ext.scripts import rlhf, rlhf_facts, rlhf_rounds, rlhf_stages
 
 OWN = ["--model_name_or_path=m", "--output_dir=x", "--use_cpu", "--preferences=p.jsonl"]
@@ -138,6 +139,145 @@ def test_sft_goes_on_at_a_checkpoint_that_is_whole(tmp_path: Path, capsys):
     (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
     assert rlhf_stages.sft_checkpoint(work, tmp_path) == str(tmp_path / "checkpoint-5")
     assert "checkpoint-10 was passed over: trainer_state.json is missing" in capsys.readouterr().out
+
+
+def test_reward_models_hang_on_the_pairs_that_test_them(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(rlhf_stages, "train_ensemble", killed)
+    monkeypatch.setattr(rlhf_stages, "fresh_reward_model", MagicMock())
+    with pytest.raises(Killed):
+        rlhf_stages.run_rewards(work_of(tmp_path), 1, {"start": rows(6)}, [])
+    with pytest.raises(ValueError, match=r"other settings \(content of test_pairs\)"):
+        rlhf_stages.run_rewards(work_of(tmp_path, test_pairs=rows(2, "new")), 1, {"start": rows(6)}, [])
+
+
+@pytest.mark.parametrize("flag", ["--lora_dropout=0.3", "--use_rslora", "--lora_target_modules=q_proj", "--lora_r=3"])
+def test_no_flag_of_the_model_is_dropped_when_the_command_runs_again(tmp_path: Path, flag):
+    facts = rlhf_facts.model_facts(work_of(tmp_path))
+    assert len(rlhf_facts.differing_facts(facts, rlhf_facts.model_facts(work_of(tmp_path, flag)))) == 1
+
+
+def test_an_adapter_is_another_one_by_its_weights_its_scaling_or_its_scale(tmp_path: Path):
+    def digest(weight: float = 0, alpha: int = 8, std: float | None = None, task: str = "CAUSAL_LM") -> str:
+        save_file({"w": torch.tensor([weight])}, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": alpha, "task_type": task}))
+        (tmp_path / "reward_scale.json").unlink(missing_ok=True)
+        if std is not None:
+            (tmp_path / "reward_scale.json").write_text(json.dumps({"mean": 0.0, "std": std, "count": 4}))
+        return rlhf_facts.digest(tmp_path)
+
+    assert digest() == digest(task="SEQ_CLS")
+    assert len({digest(), digest(1), digest(alpha=9), digest(std=1.0), digest(std=2.0)}) == 5
+    assert rlhf_facts.digest(Path("me/adapter")) == "me/adapter"
+
+
+def test_a_round_is_measured_anew_on_other_held_out_prompts(tmp_path: Path, monkeypatch):
+    asked = []
+
+    def answer(work, policy, prompts, path, count):
+        asked.append((prompts["prompt"][:], path.name))
+        return [{"prompt": prompt, "responses": ["she fell ."]} for prompt in prompts["prompt"]]
+
+    monkeypatch.setattr(rlhf_rounds, "answer", answer)
+    monkeypatch.setattr(rlhf_rounds, "member_scores", lambda *parts: (torch.ones(len(parts[3]), 3), None))
+    (tmp_path / "round_1").mkdir()
+    others = Dataset.from_dict({"prompt": ["q"]})
+    for number, parts in enumerate(({}, {}, {"held_out": others}), start=1):
+        found = rlhf_rounds.measure(work_of(tmp_path, **parts), 1, Path("me/policy"), [Path("me/reward")])
+        assert found["length"] == len("she fell .")
+        assert len(asked) == (1, 1, 2)[number - 1]
+    assert asked[1][0] == ["q"]
+    assert asked[0][1] != asked[1][1], "a file of answers is of its prompts"
+
+
+def choices(count: int) -> list[SimpleNamespace]:
+    return [
+        SimpleNamespace(row=lambda i=i: {"prompt": f"q {i}", "answer_a": f"a {i}", "answer_b": f"b {i}"} | BY)
+        for i in range(count)
+    ]
+
+
+BY = {"chosen_by": "random"}
+ROUNDS = ("--rounds=2", "--choose=random", "--random_share=0.25")
+
+
+def test_preferences_of_a_round_stay_as_they_were_written(tmp_path: Path, monkeypatch):
+    def some_fail(work, pairs, folder):
+        file = LabelFile(folder, "gold", [pair.id for pair in pairs])
+        for pair in pairs[:-2]:  # as where an endpoint gave no verdict
+            file.label(pair.id, "a")
+
+    def all_answer(work, pairs, folder):
+        file = LabelFile(folder, "gold", [pair.id for pair in pairs])
+        for pair in pairs[-2:]:
+            file.label(pair.id, "b")
+
+    monkeypatch.setattr(rlhf_rounds, "choose", lambda *parts: choices(10))
+    monkeypatch.setattr(rlhf_rounds, "accuracy_on", lambda *parts: {"pairs": len(parts[2])})
+    found = []
+    for give in (some_fail, all_answer):
+        monkeypatch.setattr(rlhf_rounds, "give_labels", give)
+        found.append(rlhf_rounds.label_round(work_of(tmp_path, *ROUNDS), 2, Path("p"), [], {}).to_list())
+    assert found[0] == found[1]
+    assert len(found[0]) == 6  # of 8 labels a fourth is held out
+    with pytest.raises(ValueError, match=r"round_2 was made with other settings \(temperature\)"):
+        rlhf_rounds.label_round(work_of(tmp_path, *ROUNDS, "--temperature=0.7"), 2, Path("p"), [], {})
+
+
+def test_labels_of_two_sources_are_not_mixed(tmp_path: Path):
+    def recipe(source: str, **more) -> SimpleNamespace:
+        judge = {"judge": "endpoint", "judge_model": "m", "judge_base_url": None, "judge_prompt": "helpful"}
+        return SimpleNamespace(labels_from=source, **judge | more)
+
+    folder = tmp_path / "pairs.labels"
+    rlhf_rounds.begin_labels(recipe("judge"), folder)
+    rlhf_rounds.begin_labels(recipe("judge"), folder)
+    with pytest.raises(ValueError, match=r"pairs.labels was begun with other settings \(.*labels_from\)"):
+        rlhf_rounds.begin_labels(recipe("people"), folder)
+    for name, value in (("judge_model", "other"), ("judge_prompt", "harmless"), ("judge", "local")):
+        with pytest.raises(ValueError, match=rf"other settings \({name}\)"):
+            rlhf_rounds.begin_labels(recipe("judge", **{name: value}), folder)
+    old = tmp_path / "old.labels"
+    old.mkdir()
+    (old / "gold.jsonl").touch()
+    for source in ("judge", "people"):
+        with pytest.raises(ValueError, match=f"holds labels of gold, and --labels_from is {source}"):
+            rlhf_rounds.begin_labels(recipe(source), old)
+    rlhf_rounds.begin_labels(recipe("gold"), old)
+
+
+def test_pairs_of_earlier_rounds_and_test_pairs_are_not_chosen_again(tmp_path: Path, monkeypatch):
+    from trl_ext.feedback.pairs import make_pair, unordered, write_rows
+
+    held, tested = ({"prompt": "q", "answer_a": text, "answer_b": "b"} for text in ("a", "c"))
+    write_rows(tmp_path / "round_2" / "pairs.jsonl", [held])
+    test_pairs = Dataset.from_list([{"prompt": "q", "chosen": "c", "rejected": "b"}])
+    seen = []
+    monkeypatch.setattr(rlhf_rounds, "answer", lambda *parts: [])
+    monkeypatch.setattr("trl_ext.feedback.choose.make_candidates", lambda rows, taken: seen.append(taken) or killed())
+    with pytest.raises(Killed):
+        rlhf_rounds.choose(work_of(tmp_path, test_pairs=test_pairs), 3, Path("p"), [], {"start": rows(2)})
+    assert {unordered(make_pair(row)) for row in (held, tested, rows(2)[0])} <= seen[0]
+
+
+@pytest.mark.parametrize("flags", [(), ("--top_p=0.9",)])
+def test_answers_are_sampled_as_the_rollouts_are_and_any_of_their_characters_is_read(tmp_path, monkeypatch, flags):
+    told, path = [], tmp_path / "answers.jsonl"
+
+    def sample(model, encoder, prompts, path, args, *rest):
+        told.append(args)
+        lines = [{"index": i, "prompt": "p", "responses": [f"a{end}b"]} for i, end in enumerate(ENDS)]
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+    monkeypatch.setattr("trl_ext.SharedBaseModel", MagicMock())
+    monkeypatch.setattr("trl_ext.roles.read_adapter", MagicMock())
+    monkeypatch.setattr("trl_ext.rrhf.sample_responses", sample)
+    found = rlhf_rounds.answer(work_of(tmp_path, *flags), Path("p"), [], path, 3)
+    assert [row["responses"][0] for row in found] == [f"a{end}b" for end in ENDS]
+    assert told[0].counts == ({"nucleus": 3} if flags else {"temperature": 3})
+    assert not flags or told[0].sampling_top_p == 0.9
+
+
+ENDS = ("\u2028", "\u2029", "\x85", "\x1c", "\n")
 
 
 def run(folder: Path, *flags: str) -> None:

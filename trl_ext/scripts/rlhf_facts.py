@@ -1,12 +1,13 @@
 """What a stage of `trl-ext rlhf` is made of: written before it begins, compared when the same command goes on."""
 
-import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trl_ext.roles.adapters import WEIGHTS_FILE
+from trl_ext.roles.adapters import CONFIG_FILE, SCALE_FILE, SCALING_FIELDS, WEIGHTS_FILE
+from trl_ext.run_identity import digest_of
 from trl_ext.scripts.running import write_json
 
 STAGE, BEGUN = "stage.json", "begun.json"
@@ -78,13 +79,18 @@ def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def digest(folder: Path) -> str:
-    """Of the weights of an adapter; of one on the Hub its id."""
-    path = folder / WEIGHTS_FILE
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(folder)
+    """Of all that an adapter computes with: weights, scaling, the scale of a reward; of one on the Hub its id."""
+    if not (folder / WEIGHTS_FILE).is_file():
+        return str(folder)
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    scaling = json.dumps([config.get(name) for name in SCALING_FIELDS])
+    scale = folder / SCALE_FILE
+    parts = ((folder / WEIGHTS_FILE).read_bytes(), scaling.encode(), scale.read_bytes() if scale.is_file() else b"")
+    return digest_of(parts)
 
 
 def model_facts(work: Any) -> dict[str, Any]:
-    """What every stage hangs on: the base, and the flags that shape adapters."""
-    args = work.model_args
-    names = ("model_name_or_path", "model_revision", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha")
-    return {name: getattr(args, name) for name in names} | {"seed": work.training.seed}
+    """What every stage hangs on: the flags of base and adapters, options of the chat template, and the seed."""
+    training = work.training
+    options = {name: getattr(training, name) for name in ("seed", "chat_template_kwargs", "model_init_kwargs")}
+    return asdict(work.model_args) | options

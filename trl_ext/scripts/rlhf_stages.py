@@ -216,7 +216,8 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
     folder, path = work.round(number) / "reward", work.recipe.reward_config
     preferences = join_datasets(sets)
     facts = model_facts(work) | {"options": read_config(path, "--reward_config"), "members": work.recipe.members}
-    facts |= data_facts("preferences", preferences) | {"starts": [digest(each) for each in starts]}
+    facts |= data_facts("preferences", preferences) | data_facts("test_pairs", work.test_pairs)
+    facts["starts"] = [digest(each) for each in starts]
     members = [folder / f"member_{k + 1}" for k in range(work.recipe.members)]
     if done(folder, facts) and all(map(is_trained, members)):
         work.show(f"Round {number}: reward models are there.")
