@@ -13,8 +13,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tests.ppo import tiny
+from trl_ext.data import ConversionReport
 from trl_ext.feedback.labels import LabelFile
+from trl_ext.runs import RunStoppedError
 from trl_ext.scripts import rlhf, rlhf_facts, rlhf_rounds, rlhf_stages
+from trl_ext.scripts.arguments import PromptArguments
+from trl_ext.scripts.inputs import load_prompts
 
 OWN = ["--model_name_or_path=m", "--output_dir=x", "--use_cpu", "--preferences=p.jsonl"]
 
@@ -278,6 +282,77 @@ def test_answers_are_sampled_as_the_rollouts_are_and_any_of_their_characters_is_
 
 
 ENDS = ("\u2028", "\u2029", "\x85", "\x1c", "\n")
+
+
+def test_reward_models_read_pairs_as_long_as_the_run_allows_with_its_memory(tmp_path: Path):
+    flags = [*OWN, "--sft_dataset=d", "--max_prompt_length=700", "--max_completion_length=300"]
+    recipe, training, *_ = rlhf.parse([*flags, '--chat_template_kwargs={"a": 1}'])
+    settings = rlhf_stages.reward_settings(recipe, training)
+    assert (recipe.reward_config, settings["max_length"], settings["gradient_checkpointing"]) == ("reward", 1000, True)
+    assert settings["chat_template_kwargs"] == {"a": 1}
+    assert rlhf_stages.reward_arguments("reward", **settings | {"output_dir": str(tmp_path)}).max_length == 1000
+    recipe.reward_config, training.gradient_checkpointing = "reward_qlora_8b", False
+    settings = rlhf_stages.reward_settings(recipe, training)
+    assert (settings["max_length"], settings["gradient_checkpointing"]) == (1024, True), "the file's own"
+    assert not {"load_in_4bit", "lora_r"} & set(settings)
+
+
+def test_rows_that_a_reward_model_drops_are_counted_on_the_console(tmp_path: Path, monkeypatch, capsys):
+    class Trainer:
+        def __init__(self, model, args, train, test, processing_class):
+            self.reports = {"train_dataset": ConversionReport("pairs", rows_read=len(train), rows_kept=len(train) - 2)}
+            self.evaluate_pairs, self.save_model = lambda: {"accuracy": 0.5}, MagicMock()
+
+    def ensemble(model, args, seeds, make, starts):
+        return (make(model, args) for _ in seeds)
+
+    monkeypatch.setattr("trl_ext.RewardModelTrainer", Trainer)
+    for name, value in (("train_ensemble", ensemble), ("show_progress", MagicMock())):
+        monkeypatch.setattr(rlhf_stages, name, value)
+    monkeypatch.setattr(rlhf_stages, "fresh_reward_model", MagicMock())
+    rlhf_stages.run_rewards(work_of(tmp_path), 1, {"start": rows(6)}, [])
+    assert capsys.readouterr().out.count("pairs: 6 rows read, 4 kept") == 1
+
+
+def test_options_of_the_chat_template_reach_sft(tmp_path: Path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trl, "SFTTrainer", lambda **parts: seen.append(parts["train_dataset"]) or killed())
+    with pytest.raises(Killed):
+        rlhf_stages.run_sft(work_of(tmp_path, '--chat_template_kwargs={"enable_thinking": false}'))
+    assert seen[0]["chat_template_kwargs"][:] == [{"enable_thinking": False}] * 4
+
+
+def test_a_policy_that_the_guard_stopped_is_said_to_be_one_and_evaluate_finds_its_prompts(
+    tmp_path: Path, monkeypatch, capsys
+):
+    trainer = MagicMock()
+    trainer.train.side_effect = RunStoppedError("the KL is too large")
+    trainer.save_model.side_effect = lambda: (tmp_path / "round_1" / "ppo").mkdir(parents=True)
+    monkeypatch.setattr("trl_ext.PPOMaxTrainer", lambda *parts, **named: trainer)
+    monkeypatch.setattr("trl_ext.SharedBaseModel", MagicMock())
+    monkeypatch.setattr("trl_ext.roles.read_adapter", MagicMock())
+    monkeypatch.setattr(rlhf_stages, "show_progress", MagicMock())
+    work = work_of(tmp_path, base=MagicMock(name_or_path="base"))
+    for _ in range(2):
+        policy = rlhf_stages.run_ppo(work, 1, Path("me/sft"), None, [Path("me/a"), Path("me/b")])
+        said = capsys.readouterr().out
+        assert "ended before its last step: the KL is too large" in said
+    assert trainer.train.call_count == 1, "it is done all the same"
+    assert json.loads((policy / "stage.json").read_text())["ended_early"] == "the KL is too large"
+
+    monkeypatch.setattr(rlhf_rounds, "answer", lambda *parts: [{"prompt": "p", "responses": ["she fell ."]}])
+    monkeypatch.setattr(rlhf_rounds, "member_scores", lambda *parts: (torch.ones(len(parts[3]), 2), None))
+    (tmp_path / "round_1" / "reward").mkdir()
+    (tmp_path / "round_1" / "reward" / "accuracy.json").write_text("[0.5]")
+    rlhf_rounds.report(work, [rlhf_rounds.measure(work, 1, policy, [Path("me/a"), Path("me/b")])])
+    assert json.loads((tmp_path / "rounds.json").read_text())[0]["ended_early"] == "the KL is too large"
+    assert "PPO-Max of round 1 ended before its last step: the KL is too large" in capsys.readouterr().out
+
+    options = trainer.recorder.options
+    assert options["model_name_or_path"] == "base"
+    recipe = PromptArguments(options["dataset_name"], dataset_test_name=options["dataset_test_name"])
+    train, test = load_prompts(recipe, print)
+    assert (train["prompt"][:], test["prompt"][:]) == (work.prompts["prompt"][:], work.held_out["prompt"][:])
 
 
 def run(folder: Path, *flags: str) -> None:

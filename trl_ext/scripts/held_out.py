@@ -4,9 +4,12 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+
+from trl_ext.feedback.pairs import write_rows
 
 Show = Callable[..., Any]
 
@@ -107,3 +110,17 @@ def _prompts_in(row: Any) -> Iterator[str]:
     for place, turn in enumerate(messages):
         if turn.get("role") == "assistant":
             yield prompt_key(messages[:place])
+
+
+def keep_prompts(folder: Path, prompts: Dataset, held_out: Dataset) -> dict[str, Any]:
+    """Write both kinds of prompts down, and return the options by which `trl-ext evaluate` finds those held out."""
+    from accelerate import PartialState
+
+    paths = [folder / "data" / name for name in ("prompts.jsonl", "held_out.jsonl")]
+    state = PartialState()
+    if state.is_main_process:
+        for path, rows in zip(paths, (prompts, held_out), strict=True):
+            write_rows(path, rows.select_columns("prompt"))
+    state.wait_for_everyone()
+    names = {"dataset_name": str(paths[0].resolve()), "dataset_test_name": str(paths[1].resolve())}
+    return names | {"dataset_config": None, "dataset_train_split": "train", "dataset_test_split": None}

@@ -31,13 +31,14 @@ from trl_ext import PPOMaxConfig
 from trl_ext.reward.strength import is_trained, train_ensemble
 from trl_ext.roles.adapters import WEIGHTS_FILE
 from trl_ext.scripts.arguments import PreferenceArguments, check_model_flags
-from trl_ext.scripts.held_out import prompts_of_both
+from trl_ext.scripts.held_out import keep_prompts, prompts_of_both
 from trl_ext.scripts.inputs import load_preference_splits
 from trl_ext.scripts.models import config_options, fresh_adapter, fresh_reward_model, load_causal_base, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given, read_config
 from trl_ext.scripts.running import (
     check_output_dir,
     checkpoint_to_resume,
+    options_of,
     printer,
     quiet_libraries,
     show_progress,
@@ -99,6 +100,23 @@ def member_folders(recipe: PipelineArguments, training: PPOMaxConfig) -> list[Pa
     return [folder / f"member_{k + 1}" for k in range(recipe.members)]
 
 
+def reward_options(path: str) -> dict[str, Any]:
+    """The options of a yaml file that are `RewardModelConfig`'s; those of the model are passed over for the run's own.
+
+    Raises:
+        ValueError: A key that there is not.
+    """
+    from trl_ext import RewardModelConfig
+
+    options = read_config(path, "--reward_config")
+    known, models = ([f.name for f in fields(kind) if f.init] for kind in (RewardModelConfig, ModelConfig))
+    for key in options:
+        if key not in known and key not in models:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"{key} in {path}: no such option{f'; did you mean {near[0]}' if near else ''}.")
+    return {key: value for key, value in options.items() if key in known}
+
+
 def reward_arguments(path: str, **own: Any) -> Any:
     """`RewardModelConfig` of a yaml file, with some fields set here.
 
@@ -107,13 +125,7 @@ def reward_arguments(path: str, **own: Any) -> Any:
     """
     from trl_ext import RewardModelConfig
 
-    options = read_config(path, "--reward_config")
-    known = [f.name for f in fields(RewardModelConfig) if f.init]
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"{key} in {path}: no such option{f'; did you mean {near[0]}' if near else ''}.")
-    return RewardModelConfig(**options | own)
+    return RewardModelConfig(**reward_options(path) | own)
 
 
 def train_rewards(
@@ -130,7 +142,8 @@ def train_rewards(
     if all(map(is_trained, folders)):
         return
     tokenizer, train, test = data
-    args = reward_arguments(recipe.reward_config, output_dir=str(folders[0].parent), seed=training.seed)
+    own = {"output_dir": str(folders[0].parent), "seed": training.seed}
+    args = reward_arguments(recipe.reward_config, **own, chat_template_kwargs=training.chat_template_kwargs)
     model = fresh_reward_model(base, model_args)
 
     def make_trainer(model: Any, args: Any) -> Any:
@@ -171,6 +184,8 @@ def tune(
     trainer = PPOMaxTrainer(
         model, args=training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
+    kept = keep_prompts(Path(str(training.output_dir)), train, test)
+    trainer.recorder.options = options_of(recipe, model_args) | kept
     show_progress(trainer, {"reward": "reward", "kl": "kl", "explained_variance": "critic"})
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()

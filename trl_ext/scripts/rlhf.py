@@ -63,7 +63,7 @@ class RLHFArguments(WorldArguments):
     max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts are left out, and counted."})
     sft_config: str = field(default="sft", metadata={"help": "Options of SFTConfig: a yaml file, or its name."})
     reward_config: str = field(
-        default="reward_tinychat", metadata={"help": "Options of RewardModelConfig: a yaml file, or its name."}
+        default="reward", metadata={"help": "Options of RewardModelConfig: a yaml file, or its name."}
     )
     members: int = field(
         default=3, metadata={"help": "Reward models: the last one judges, PPO has the others; a single one pays."}

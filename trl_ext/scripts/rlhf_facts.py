@@ -11,6 +11,7 @@ from trl_ext.run_identity import digest_of
 from trl_ext.scripts.running import write_json
 
 STAGE, BEGUN = "stage.json", "begun.json"
+ENDED_EARLY = "ended_early"  # in stage.json: what became of the stage, and no fact that it is made of
 REMEDY = "give those of then, name another --output_dir, or remove this folder and those of later rounds."
 
 
@@ -51,9 +52,15 @@ def begin(folder: Path, facts: Mapping[str, Any]) -> None:
     write_json(path, _plain(facts))
 
 
-def finish(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write down that a stage is done, last of all."""
-    write_json(folder / STAGE, _plain(facts))
+def finish(folder: Path, facts: Mapping[str, Any], ended_early: str | None = None) -> None:
+    """Write down that a stage is done, last of all, and why it ended before its last step if it has."""
+    write_json(folder / STAGE, _plain(facts) | ({} if ended_early is None else {ENDED_EARLY: ended_early}))
+
+
+def ended_early(folder: Path) -> str | None:
+    """Why a stage that is done ended before its last step; None: it has not."""
+    path = folder / STAGE
+    return json.loads(path.read_text(encoding="utf-8")).get(ENDED_EARLY) if path.is_file() else None
 
 
 def differing_facts(found: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
@@ -69,7 +76,7 @@ def differing_facts(found: Mapping[str, Any], facts: Mapping[str, Any]) -> list[
 
 
 def _compare(folder: Path, found: Mapping[str, Any], facts: Mapping[str, Any], how: str) -> None:
-    names = differing_facts(found, facts)
+    names = differing_facts({name: value for name, value in found.items() if name != ENDED_EARLY}, facts)
     if names:
         raise ValueError(f"{folder} {how} with other settings ({', '.join(names)}): {REMEDY}")
 

@@ -17,7 +17,7 @@ from trl_ext.scripts.judging import (
     open_judge,
     wait_for_people,
 )
-from trl_ext.scripts.rlhf_facts import BEGUN, begin, digest, done, finish, model_facts
+from trl_ext.scripts.rlhf_facts import BEGUN, begin, digest, done, ended_early, finish, model_facts
 from trl_ext.scripts.rlhf_stages import Work, paying
 from trl_ext.scripts.running import write_json
 from trl_ext.scripts.tables import print_table
@@ -265,6 +265,9 @@ def measure(work: Work, number: int, policy: Path, rewards: Sequence[Path]) -> d
     for name, place in (("accuracy", folder / "reward" / "accuracy.json"), ("before", folder / "before.json")):
         if place.is_file():
             found[name] = json.loads(place.read_text(encoding="utf-8"))
+    why = ended_early(policy)
+    if why is not None:
+        found["ended_early"] = why
     write_json(path, found)
     return found
 
@@ -282,6 +285,9 @@ def report(work: Work, course: Sequence[Mapping[str, Any]]) -> None:
         before = f"{found['before']['ensemble']:.3f}" if "before" in found else "-"
         rows.append((str(found["round"]), f"{accuracy:.3f}", before, *(f"{found[name]:.3f}" for name in names)))
     print_table("Rounds, on held-out prompts", columns, rows)
+    for found in course:
+        if "ended_early" in found:
+            print(f"PPO-Max of round {found['round']} ended before its last step: {found['ended_early']}")
     if len(course) > 1:
         picture(course, work.folder / "rounds.png")
 

@@ -11,14 +11,16 @@ from datasets import Dataset
 
 from trl_ext.checkpoints import newest_whole
 from trl_ext.data import join_datasets
+from trl_ext.reward.data import TRAINING
 from trl_ext.reward.strength import is_trained, train_ensemble
 from trl_ext.run_identity import MAY_CHANGE, data_facts
+from trl_ext.scripts.held_out import keep_prompts
 from trl_ext.scripts.models import config_options, fresh_adapter, fresh_reward_model, load_causal_base, tokenizer_of
 from trl_ext.scripts.parsing import read_config
-from trl_ext.scripts.pipeline import reward_arguments
+from trl_ext.scripts.pipeline import reward_arguments, reward_options
 from trl_ext.scripts.rlhf_data import own_data, world_data
-from trl_ext.scripts.rlhf_facts import begin, digest, done, finish, model_facts
-from trl_ext.scripts.running import show_progress, write_json
+from trl_ext.scripts.rlhf_facts import begin, digest, done, ended_early, finish, model_facts
+from trl_ext.scripts.running import options_of, show_progress, write_json
 
 MACHINE = ("use_cpu", "bf16", "fp16", "report_to", "disable_tqdm", "dataloader_pin_memory")  # of the whole run
 FREE = {name for names in MAY_CHANGE.values() for name in names} | {"output_dir", "max_steps", "num_train_epochs"}
@@ -84,7 +86,11 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
     if PartialState().num_processes > 1:
         raise ValueError("trl-ext rlhf runs in one process. On several devices run its stages one by one.")
     set_seed(training.seed)
-    reward_arguments(recipe.reward_config, output_dir="unused")
+    reward_arguments(recipe.reward_config, **reward_settings(recipe, training) | {"output_dir": "unused"})
+    used = reward_options(recipe.reward_config)
+    passed = [name for name in read_config(recipe.reward_config, "--reward_config") if name not in used]
+    if passed:
+        show(f"{recipe.reward_config}: {', '.join(passed)} are passed over, the flags of this run count.")
     if recipe.policy_adapter is None:
         sft_arguments(recipe.sft_config, training, Path("unused"))
     else:
@@ -176,7 +182,7 @@ def run_sft(work: Work) -> Path:
         trainer: Any = SFTTrainer(
             model=work.base,
             args=sft_arguments(work.recipe.sft_config, work.training, folder),
-            train_dataset=work.demonstrations,
+            train_dataset=with_template_options(work.demonstrations, work.training.chat_template_kwargs),
             processing_class=work.tokenizer,
             peft_config=fresh_adapter(work.given, work.model_args) or lora_config("CAUSAL_LM"),
         )
@@ -191,6 +197,13 @@ def run_sft(work: Work) -> Path:
     return folder
 
 
+def with_template_options(rows: Any, options: Any) -> Any:
+    """Demonstrations with the run's options of the chat template, in the column where TRL's SFTTrainer reads them."""
+    if not options or "chat_template_kwargs" in rows.column_names:
+        return rows
+    return rows.add_column("chat_template_kwargs", [options] * len(rows))
+
+
 def sft_checkpoint(work: Work, folder: Path) -> str | None:
     """The newest whole checkpoint of the SFT stage; newer ones that are torn are named."""
     path, torn, _ = newest_whole(folder)
@@ -200,6 +213,13 @@ def sft_checkpoint(work: Work, folder: Path) -> str | None:
 
 
 # ---------------------------------------------------------------------- 2. reward models
+
+
+def reward_settings(recipe: Any, training: Any) -> dict[str, Any]:
+    """Options of the reward models: of the yaml file over those of the run, which are its lengths and its memory."""
+    longest = recipe.max_prompt_length + training.max_completion_length
+    options = {"max_length": longest, "gradient_checkpointing": training.gradient_checkpointing}
+    return options | reward_options(recipe.reward_config) | {"chat_template_kwargs": training.chat_template_kwargs}
 
 
 def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Sequence[Path]) -> list[Path]:
@@ -215,7 +235,9 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
 
     folder, path = work.round(number) / "reward", work.recipe.reward_config
     preferences = join_datasets(sets)
-    facts = model_facts(work) | {"options": read_config(path, "--reward_config"), "members": work.recipe.members}
+    options = reward_settings(work.recipe, work.training)
+    compared = {name: value for name, value in options.items() if name not in MAY_CHANGE["memory"]}
+    facts = model_facts(work) | {"options": compared, "members": work.recipe.members}
     facts |= data_facts("preferences", preferences) | data_facts("test_pairs", work.test_pairs)
     facts["starts"] = [digest(each) for each in starts]
     members = [folder / f"member_{k + 1}" for k in range(work.recipe.members)]
@@ -225,7 +247,7 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
     begin(folder, facts)
     work.show(f"Round {number}: {len(members)} reward models on {len(preferences):,} pairs ...", flush=True)
     seed = work.training.seed + 1000 * (number - 1)
-    args = reward_arguments(path, **machine_of(work.training) | {"output_dir": str(folder), "seed": seed})
+    args = reward_arguments(path, **options | machine_of(work.training) | {"output_dir": str(folder), "seed": seed})
     model = fresh_reward_model(work.base, work.model_args)
 
     def make_trainer(model: Any, args: Any) -> Any:
@@ -235,6 +257,8 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
 
     accuracies = []
     for trainer in train_ensemble(model, args, [seed + k for k in range(len(members))], make_trainer, starts):
+        if not accuracies:
+            work.show(trainer.reports[TRAINING])
         accuracies.append(float(trainer.evaluate_pairs()["accuracy"]))
         work.show(f"reward model {len(accuracies)}: test accuracy {accuracies[-1]:.3f}")
         trainer.save_model()
@@ -280,7 +304,8 @@ def run_ppo(work: Work, number: int, start: Path, critic: Path | None, rewards: 
     facts = model_facts(work) | {"options": options | length, "adapters": [digest(each) for each in adapters]}
     facts |= data_facts("prompts", work.prompts)
     if done(folder, facts):
-        work.show(f"Round {number}: the policy is there.")
+        why = ended_early(folder)
+        work.show(f"Round {number}: the policy is there." + (f" It ended before its last step: {why}" if why else ""))
         return folder
     work.show(f"Round {number}: PPO-Max ...", flush=True)
     set_seed(args.seed)
@@ -300,11 +325,16 @@ def run_ppo(work: Work, number: int, start: Path, critic: Path | None, rewards: 
         )
         shown = {"reward": "reward", "rewards/gold_reward/mean": "gold", "kl": "kl"}
         show_progress(trainer, shown | {"explained_variance": "critic"})
+        base = {"model_name_or_path": work.model_args.model_name_or_path or str(work.base.name_or_path)}
+        kept = keep_prompts(work.folder, work.prompts, work.held_out)
+        trainer.recorder.options = options_of(work.model_args) | base | kept
+        why = None
         try:
             trainer.train(resume_from_checkpoint=trainer.own_checkpoint())
         except RunStoppedError as error:  # with a sound policy
-            work.show(f"Round {number}: PPO-Max has ended before its last step: {error}")
+            why = str(error)
+            work.show(f"Round {number}: PPO-Max has ended before its last step: {why}")
         trainer.save_model()
         trainer.model.unload()
-    finish(folder, facts)
+    finish(folder, facts, why)
     return folder
