@@ -145,7 +145,12 @@ class Commands:
                 assert word.split("=")[0] in known, f"{word}: no such flag of {parser.prog}"
         if "..." not in words and not {"RUN", "NAME"} & set(words[:1]):
             # a card's optimizer is refused where there is none
-            parse([*words, *(["--optim=adamw_torch"] if "--optim" in known and "--optim" not in words else [])])
+            words = [*words, *(["--optim=adamw_torch"] if "--optim" in known and "--optim" not in words else [])]
+            try:
+                parse(words)
+            except ValueError as error:
+                if "name the folder of a run" not in str(error):  # what a page names is not here
+                    raise
 
     def parser_of(self, parse: Callable[[list[str]], Any], words: list[str]) -> argparse.ArgumentParser:
         """The parser, caught where it begins to read."""

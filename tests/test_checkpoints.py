@@ -2,10 +2,14 @@
 
 import errno
 import json
+import resource
 import shutil
+import signal
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from tests.ppo import tiny
 from tests.reward import runs
@@ -167,8 +171,26 @@ def test_a_checkpoint_that_cannot_be_written_is_named_and_gone(world, tmp_path, 
     assert what_is_wrong(tmp_path / "checkpoint-1") is None
 
 
+def test_adapters_for_which_there_is_no_room_are_named_too(tmp_path):
+    """What safetensors raises is no OSError."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        with pytest.raises(NotWrittenError, match=r"File too large.*Is the disk full\?"), explained_writing(tmp_path):
+            save_file({"weight": torch.zeros(1000)}, tmp_path / "adapter_model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 def test_other_errors_while_writing_stay_what_they_are(tmp_path):
-    for error in (RuntimeError("other"), OSError("the Hub"), ConnectionRefusedError(errno.ECONNREFUSED, "no")):
+    for error in (
+        SafetensorError("HeaderTooLarge"),
+        RuntimeError("other"),
+        OSError("the Hub"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "no"),
+    ):
         with pytest.raises(type(error)) as found, explained_writing(tmp_path):
             raise error
         assert found.value is error

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from peft import AutoPeftModelForCausalLM
+from trl import SFTConfig
 
 from tests.processes import Done, run_script
-from trl_ext.scripts import ppo_max, rlhf, rlhf_stages
+from trl_ext.scripts import ppo_max
 from trl_ext.scripts.catalogue import COMMANDS
 
 TINY_WORLD = [
@@ -107,7 +108,7 @@ def test_what_is_missing_is_said_before_anything_is_loaded(arguments: list[str],
         ppo_max.main([*arguments, f"--output_dir={tmp_path / 'out'}"])
 
 
-def test_every_config_file_parses_and_has_a_header(repo_root: Path, tmp_path: Path) -> None:
+def test_every_config_file_parses_and_has_a_header(repo_root: Path) -> None:
     folder = repo_root / "trl_ext" / "configs"
     paths = sorted([*folder.glob("*.yaml"), *folder.glob("presets/*.yaml")])
     assert paths
@@ -115,8 +116,8 @@ def test_every_config_file_parses_and_has_a_header(repo_root: Path, tmp_path: Pa
         command = re.search(r"^# .*trl-ext ([\w-]+)", path.read_text(), flags=re.M)
         assert command, f"{path.name}: its header names no command"
         recipe = COMMANDS[command[1]].module.rpartition(".")[2]
-        if path.name.startswith("sft"):  # of TRL's SFTConfig
-            rlhf_stages.sft_arguments(str(path), rlhf.parse([])[1], tmp_path)
+        if path.stem.startswith("sft"):  # of a stage
+            assert set(yaml.safe_load(path.read_text())) <= set(SFTConfig.__dataclass_fields__)
             continue
         flags = ["--config", str(path), "--output_dir=x"]
         if "paged" in str(yaml.safe_load(path.read_text()).get("optim")):

@@ -19,7 +19,7 @@ GIVEN = frozenset({"prompts", "tokenizer", "policy", "reward_model", "value_mode
 GIVEN |= {"inputs", "input_ids", "attention_mask", "my_score", "trainer"}
 # Pages that take up names where another page has imported them
 IMPORTED = "from peft import LoraConfig\nfrom trl_ext import PPOMaxConfig, PPOMaxTrainer, Role, SharedBaseModel\n"
-VLLM = ("--logprobs-mode", "--gpu-memory-utilization")  # flags of its own
+VLLM = ("--logprobs-mode", "--gpu-memory-utilization", "--max-lora-rank")  # flags of its own
 
 
 def options() -> set[str]:

@@ -187,9 +187,10 @@ def explained_writing(folder: str | Path) -> Iterator[None]:
         yield
     except NotWrittenError:
         raise
-    except (OSError, RuntimeError) as error:
-        of_disk = getattr(error, "errno", None) in DISK_ERRORS or any(name in str(error) for name in TORCH_WRITERS)
-        if not of_disk:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        code = int(number[1]) if number else getattr(error, "errno", None)
+        if code not in DISK_ERRORS and not any(name in str(error) for name in TORCH_WRITERS):
             raise
         raise NotWrittenError(
             f"{folder} could not be written ({error}). Is the disk full? Checkpoints written before it are as they "

@@ -49,6 +49,7 @@ def role_scores(
     ensemble: str = "mean",
     ensemble_coef: float = 0.5,
     ensemble_weights: Sequence[float] | None = None,
+    as_sampled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of sampled responses by the reward role, read where its reward models were trained to read them.
 
@@ -60,6 +61,7 @@ def role_scores(
         max_tokens: The largest pass, padding included. Default: no limit.
         ensemble, ensemble_coef, ensemble_weights: How several reward adapters make one score
             (`ops.ensemble.combine_scores`).
+        as_sampled: Responses of several turns: their text is never rendered anew as one message.
 
     Returns:
         Scores (B,) float32, and the standard deviation over the adapters of an ensemble (B,), None without one.
@@ -67,7 +69,9 @@ def role_scores(
     Raises:
         ValueError: A score that is not finite, or a sequence longer than the model's positions.
     """
-    ids = [encoder.scored_ids(*row) for row in zip(prompts, prompt_ids, response_ids, strict=True)]
+    ids = [
+        encoder.scored_ids(*row, as_sampled=as_sampled) for row in zip(prompts, prompt_ids, response_ids, strict=True)
+    ]
     positions, longest = max_positions(model.config), max(map(len, ids))
     if positions is not None and longest > positions:
         raise ValueError(
@@ -103,6 +107,7 @@ def placed_by_role(
     max_tokens: int | None = None,
     ensemble: str = "mean",
     ensemble_coef: float = 0.5,
+    ensemble_weights: Sequence[float] | None = None,
 ) -> Tensor:
     """What the reward role's score has gained at the end of each token or sentence but the last one.
 
@@ -113,7 +118,8 @@ def placed_by_role(
     Transformations"). What a chat template writes behind the end token is read for the whole score only.
 
     Args:
-        model, encoder, prompt_ids, response_ids, max_tokens, ensemble, ensemble_coef: See `role_scores`.
+        model, encoder, prompt_ids, response_ids, max_tokens, ensemble, ensemble_coef, ensemble_weights: See
+            `role_scores`.
         pays: "sentence" or "token".
 
     Returns:
@@ -134,7 +140,7 @@ def placed_by_role(
         model.train(training)
     if not members.isfinite().all():
         raise ValueError("the reward role's score of a beginning is not finite: look for NaN in its adapter.")
-    before = combine_scores(members.flatten(0, 1), ensemble, ensemble_coef)[0].view(len(rows), width)
+    before = combine_scores(members.flatten(0, 1), ensemble, ensemble_coef, ensemble_weights)[0].view(len(rows), width)
     placed = torch.zeros_like(before)
     for i, ids in enumerate(response_ids):
         inner = list(range(1, len(ids)))  # numbers of tokens after which there is another one

@@ -6,13 +6,11 @@ Three forms of one response matter, and chat templates make them differ. With Ch
     as a reward model was trained to read it     Yes<|im_end|>\\n        as the template writes a whole conversation
     as a reward function gets it                 Yes
 
-`trl.RewardTrainer` renders whole conversations, so the head of a reward model is trained on the hidden state of the
-template's last token. A sampled response stops at its end token. `TextEncoder.scored_ids` brings the sampled form to
-the trained one before a reward model reads it; the policy is never trained on what a template puts behind the end
-token, which it never samples.
+`trl.RewardTrainer` renders whole conversations, so a reward model's head is trained on the hidden state of the
+template's last token. A sampled response stops at its end token; `TextEncoder.scored_ids` brings it to that form.
+The policy is never trained on what a template puts behind the end token, which it never samples.
 
 Two rules come from transformers and TRL, and adapters that they trained depend on them:
-
 * a classifier reads the last token that is not padding, so where the end token is also padding (a tokenizer without a
   padding token of its own) the score is read on the token before it;
 * a plain text gets the tokenizer's end token behind it, a conversation exactly what its template writes.
@@ -189,13 +187,15 @@ class TextEncoder:
         """Whether a sampled response stopped at an end token and was not cut by a length limit."""
         return len(response_ids) > 0 and response_ids[-1] in self.end_ids
 
-    def scored_ids(self, prompt: Prompt, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[int]:
+    def scored_ids(
+        self, prompt: Prompt, prompt_ids: Sequence[int], response_ids: Sequence[int], as_sampled: bool = False
+    ) -> list[int]:
         """Tokens of a sampled response and its prompt in the form that a reward model was trained on.
 
         The score is read on the last of them. A response that was cut stays as it is. One that ended gets, in place of
         its end token, what the template writes behind a turn (plain: the tokenizer's end token). Where the template
         writes something before the content that the policy did not, as an empty block of reasoning, or takes off blanks
-        that the policy wrote around its answer, the text is rendered anew.
+        that the policy wrote around its answer, the text is rendered anew; `as_sampled` (several turns): it is not.
         """
         ids = [*prompt_ids, *response_ids]
         if self.ended(response_ids):
@@ -205,9 +205,10 @@ class TextEncoder:
                 turn = self._turn_of(prompt)
                 written = self.tokenizer.decode(list(response_ids)) if turn.opening else ""
                 text = self.response_text(prompt, prompt_ids, response_ids)
-                if turn.ending is not None and turn.opening in written and not (turn.trims and text != text.strip()):
+                kept = turn.opening in written and not (turn.trims and text != text.strip())
+                if turn.ending is not None and (kept or as_sampled):
                     ids[-1:] = turn.ending
-                else:
+                elif not as_sampled:
                     ids = self.rendered_ids(prompt, text)
         return ids[: self.score_length(ids)]
 

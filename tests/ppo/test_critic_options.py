@@ -2,15 +2,18 @@
 
 import math
 import re
+import shutil
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 
 from tests.ppo import tiny
-from trl_ext import Role
+from trl_ext import Role, SharedBaseModel
 from trl_ext.ops.packing import pack
+from trl_ext.ppo.critic_options import check_critic_options
 from trl_ext.ppo.data import check_references
 from trl_ext.ppo.rollout import collect
 from trl_ext.ppo.state import PPOState
@@ -94,6 +97,22 @@ def test_the_role_pays_each_token_what_its_score_gains(model):
         torch.testing.assert_close(rollout.rewards[i, : len(gains)], gains, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rollout.rewards.sum(1), rollout.role_scores, rtol=1e-4, atol=1e-5)
     assert (rollout.rewards[0, :3].abs() > 1e-4).all()
+
+
+def test_of_an_ensemble_the_parts_are_weighted_as_the_whole(world, tmp_path):
+    shutil.copytree(world / "reward", tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "adapter_model.safetensors")
+    scaled = {name: -2 * x if "score" in name else x for name, x in weights.items()}
+    save_file(scaled, tmp_path / "other" / "adapter_model.safetensors")
+    rewards = [world / "reward", tmp_path / "other"]
+    model = SharedBaseModel.from_pretrained(
+        str(world / "base"), policy_adapter=world / "policy", reward_adapter=rewards
+    )
+    one = rollout_of(model, numbers=(0.0, 0.0), reward_role_pays="token", reward_ensemble_weights=[1.0, 0.0])
+    other = rollout_of(model, numbers=(0.0, 0.0), reward_role_pays="token", reward_ensemble_weights=[0.0, 1.0])
+    even = rollout_of(model, numbers=(0.0, 0.0), reward_role_pays="token")
+    torch.testing.assert_close((one.rewards + other.rewards) / 2, even.rewards, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(one.rewards[:, 0], even.rewards[:, 0], atol=1e-6)
 
 
 def test_the_sigmoid_is_around_each_prompt_s_own_references(model):
@@ -195,6 +214,7 @@ def test_there_is_a_preset_for_each_method():
         ({"reward_sigmoid": True, "reward_role_pays": "token"}, "set one of them"),
         ({"critic_warmup_returns": "monte_carlo"}, "does nothing with critic_warmup_steps=0"),
         ({"policy_objective": "dis", "kl_penalty_coef": 2.0}, "kl_penalty_coef=2 does nothing"),
+        ({"reward_role_pays": "token", "gamma": 0.9}, "with gamma=1 only, and gamma is 0.9"),
         ({"reward_role_pays": "word"}, "reward_role_pays='word' must be one of end, sentence, token"),
         ({"gae_lambda_alpha": 0.0}, "gae_lambda_alpha=0.0 must be a number above 0"),
     ],
@@ -202,6 +222,13 @@ def test_there_is_a_preset_for_each_method():
 def test_options_that_do_not_go_together_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny.config(tmp_path, **options)
+
+
+def test_critic_updates_are_refused_under_deepspeed(tmp_path):
+    args = tiny.config(tmp_path, critic_updates=2, num_iterations=2)
+    args.deepspeed = "zero2.json"
+    with pytest.raises(ValueError, match="critic_updates=2 does not go with DeepSpeed"):
+        check_critic_options(args)
 
 
 @pytest.mark.parametrize(

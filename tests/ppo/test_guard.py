@@ -23,6 +23,7 @@ from trl_ext.ppo.guard import (
     watch,
 )
 from trl_ext.ppo.snapshot import Snapshot
+from trl_ext.ppo.watching import WatchCallback
 from trl_ext.roles import Role
 
 HEALTHY = {
@@ -215,11 +216,29 @@ def test_distinct_pairs_by_hand() -> None:
 
 def test_figures_of_completions_by_hand() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
-    rollout = SimpleNamespace(completion_mask=mask, completion_ids=mask, completions=["a b a b", ""])
+    rollout = SimpleNamespace(actions=mask.bool(), action_mask=None, completion_ids=mask, completions=["a b a b", ""])
     figures = completion_figures(rollout, lambda x: 2 * x)  # two processes with the same rows
     expected = {"completions/distinct_2": 2 / 3, "completions/ended_at_once": 0.5, "samples": 4.0}
     expected |= {"tokens": 2.5, "tokens_std": 1.5}
     assert figures == pytest.approx(expected)
+
+
+def test_of_a_batch_sampled_ahead_the_policy_before_the_last_update_is_the_good_one(tmp_path) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [weight], "role": "policy"}])
+    state = SimpleNamespace(rollouts=0, steps={}, kl=SimpleNamespace(coef=0.1))
+    args = tiny.config(tmp_path, rollout_lag=1, vllm_server_url="http://localhost:1")
+    watching = WatchCallback(args, state, (), optimizer=lambda: optimizer, checkpoint=lambda: None)
+    kept = []
+    for rollout in range(
+        1, 8
+    ):  # the policy of update n has the weight n; each batch but the first is of the one before
+        state.rollouts = rollout
+        watching.observe(HEALTHY | {"sampling/lag": float(rollout > 1)}, step=rollout)
+        kept.append(watching.snapshots["good"].tensors["policy/0"].item())
+        weight.data.fill_(rollout)
+    assert kept == [0, 0, 0, 2, 2, 2, 5]  # of the batches 1, 4 and 7
+    assert set(watching.outcome()) == {"alarms", "stopped", "good_policy"}
 
 
 # ---------------------------------------------------------------------- in a run

@@ -279,6 +279,23 @@ def test_the_perplexity_is_that_of_the_sampled_tokens(world, tmp_path):
     assert logged == pytest.approx(math.exp(nll[mask].mean().item()), rel=1e-5)
 
 
+def test_the_mean_of_an_evaluation_is_over_its_rows_whatever_the_size_of_its_last_batch(world, tmp_path):
+    given = []
+
+    def count(completions, **kwargs):
+        given.append([float(len(given) + i) for i in range(len(completions))])
+        return given[-1]
+
+    trainer = tiny.trainer(
+        world, tmp_path, reward_funcs=count, reward_role_weight=0.0, eval_dataset=tiny.prompts(5),
+        per_device_eval_batch_size=4,
+    )  # fmt: skip
+    figures = trainer.evaluate()
+    assert [len(batch) for batch in given] == [4, 1]
+    assert figures["eval_rewards/count/mean"] == pytest.approx((0 + 1 + 2 + 3 + 1) / 5)
+    assert trainer.evaluate()["eval_rewards/count/mean"] == pytest.approx((2 + 3 + 4 + 5 + 3) / 5)
+
+
 def test_evaluation_reports_and_leaves_the_state_as_it_was(world, tmp_path):
     trainer = tiny.trainer(
         world,

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from tests import chat
 from tests.ppo import tiny
+from trl_ext.ppo.guard import completion_figures
 from trl_ext.ppo.rewards import onto_actions
 from trl_ext.ppo.rollout import action_mask
 from trl_ext.ppo.turns import check_rollout
+from trl_ext.text import TextEncoder
 
 RAW = {"reward_normalization": "none", "reward_clip": None, "update_kl_target": 0.0, "guard": False}
 TURNS = {"prompt_ids": [[7], [8]], "completion_ids": [[9, 1, 10, 11], [12, 1]], "logprobs": None}
@@ -34,6 +37,7 @@ def test_a_mask_of_ones_is_none():
         ({"env_mask": [[1, 1], [1, 1]]}, "env_mask of completion 0 has 2 entries for its 4 tokens"),
         ({"env_mask": [[1, 1, 2, 1], [1, 1]]}, "env_mask of completion 0 is"),
         ({"logprobs": [[0.0] * 4, [0.0]]}, "logprobs of completion 1 has 1 entries"),
+        ({"logprobs": [[0.0, float("nan"), 0.0, 0.0], [0.0] * 2]}, "logprobs of completion 0 are not finite"),
         ({"completion_ids": [[9] * 7, [1]]}, "completion 0 has 7 tokens"),
         ({"completion_ids": [[9], []]}, "completion 1 has 0 tokens"),
     ],
@@ -94,6 +98,41 @@ def test_an_environment_s_tokens_change_no_gradient(trainer):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     trained = gradients(trainer, {name: x for name, x in batch.items() if name != "action_mask"})
     assert any(not torch.equal(expected[name], trained[name]) for name in expected)
+
+
+def test_the_entropy_bonus_is_of_the_policy_s_tokens(trainer, monkeypatch):
+    rollout = tiny.random_rollout(rows=4)
+    rollout.action_mask = rollout.completion_mask.clone()
+    rollout.action_mask[:, 1] = 0
+    batch = rollout.update_batch() | {"num_tokens": rollout.action_mask.sum().float()}
+    without = trainer._compute_loss(trainer.model, batch)
+    monkeypatch.setattr(trainer.args, "entropy_coef", 0.1)
+    entropy = torch.full(rollout.completion_mask.shape, 2.0)
+    entropy[:, 1] = float("nan")
+    taken = trainer._pass
+    monkeypatch.setattr(trainer, "_pass", lambda *given: taken(*given) | {"entropy": entropy})
+    with_bonus = trainer._compute_loss(trainer.model, batch)
+    assert (without - with_bonus).item() == pytest.approx(0.1 * 2.0, rel=1e-5)
+
+
+def test_what_the_guard_watches_is_the_policy_s_own():
+    rollout = tiny.random_rollout(rows=4)
+    rollout.completions = ["the environment says much"] * 4
+    rollout.action_mask = torch.zeros_like(rollout.completion_mask)
+    rollout.action_mask[:, 0] = 1
+    figures = completion_figures(rollout, lambda x: x)
+    assert (figures["tokens"], figures["completions/ended_at_once"]) == (1.0, 1.0)
+    assert figures["completions/distinct_2"] == 0.0
+
+
+def test_a_conversation_of_several_turns_is_never_rendered_as_one_message():
+    tokenizer = chat.shipped_tokenizer("qwen3")  # writes an empty block of reasoning before the last answer
+    encoder, user = TextEncoder(tokenizer), [{"role": "user", "content": "Hi"}]
+    said = tokenizer("No.<|im_end|>Why?<|im_end|>Yes", add_special_tokens=False)["input_ids"]
+    prompt_ids = encoder.prompt_ids(user)
+    given = (user, prompt_ids, [*said, tokenizer.eos_token_id])
+    assert encoder.scored_ids(*given, as_sampled=True)[: len(prompt_ids) + len(said)] == [*prompt_ids, *said]
+    assert encoder.scored_ids(*given)[: len(prompt_ids) + len(said)] != [*prompt_ids, *said]
 
 
 def test_a_run_in_two_turns_trains_and_counts_the_policy_s_tokens(world, tmp_path):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,13 @@ def test_a_recipe_is_a_few_lines_and_its_body_is_in_the_package(path: Path) -> N
     assert name is not None
     assert COMMANDS[name[1]].module == f"trl_ext.scripts.{path.stem}"
     assert f"`trl-ext {name[1]}`" in path.read_text()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_no_recipe_hides_a_module_that_is_imported(path: Path) -> None:
+    """Python puts the folder of a script first where it looks for modules."""
+    elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != path.parent]
+    assert PathFinder.find_spec(path.stem, elsewhere) is None
 
 
 def test_a_recipe_runs_from_a_clone_that_is_not_installed(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from tests.ppo import tiny
 from tests.report.made import write_run
 from trl_ext.report.lines import as_json
-from trl_ext.scripts import compare, evaluate
+from trl_ext.scripts import compare
+from trl_ext.scripts import evaluate_policy as evaluate
 from trl_ext.scripts.evaluating import fill_from_run, is_run
 from trl_ext.scripts.inputs import hold_out
 from trl_ext.scripts.running import options_of

@@ -18,7 +18,14 @@ from trl_ext.generation.vllm_options import VLLMRolloutOptions
 from trl_ext.ops.ensemble import check_weights
 from trl_ext.ops.kl import KL_ESTIMATORS
 from trl_ext.ops.packing import SCORED_PER_TRAINED
-from trl_ext.ppo.critic_options import LAMBDA, PENALTY_COEF, POLICY_OBJECTIVES, CriticOptions, check_critic_options
+from trl_ext.ppo.critic_options import (
+    LAMBDA,
+    PENALTY_COEF,
+    POLICY_OBJECTIVES,
+    CriticOptions,
+    check_critic_options,
+    under_deepspeed,
+)
 from trl_ext.ppo.ensemble_options import EnsembleOptions
 from trl_ext.ppo.refusals import HARMLESS, check_options
 from trl_ext.ppo.rewards import BASELINES, SCORE_MODES
@@ -283,7 +290,7 @@ class PPOMaxConfig(CriticOptions, EnsembleOptions, VLLMRolloutOptions, RLOOConfi
 
     def _choose_update_kl_target(self) -> None:
         """DeepSpeed holds the weights that are stepped, and steps them inside backward: no step can be shortened."""
-        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" or bool(self.deepspeed)
+        deepspeed = under_deepspeed(self)
         if self.update_kl_target is None:
             self.update_kl_target = 0.0 if deepspeed else self.kl_target / UPDATES_TO_TARGET
             if deepspeed and self.process_index == 0:
@@ -364,6 +371,11 @@ class PPOMaxConfig(CriticOptions, EnsembleOptions, VLLMRolloutOptions, RLOOConfi
             ValueError: It does not.
         """
         left = steps - self.warmup_of_critic(steps)
+        if left == steps and self.critic_warmup_returns != "lambda":
+            raise ValueError(
+                f"critic_warmup_returns={self.critic_warmup_returns!r} is for the critic's warm-up, and a run of "
+                f"{steps} optimizer steps has none: set critic_warmup_steps, or train longer."
+            )
         if left <= 0:
             raise ValueError(
                 f"critic_warmup_steps={self.critic_warmup_steps} takes all of the {steps} optimizer steps: the policy "

@@ -1,5 +1,6 @@
 """Options of 2025 and 2026 for PPO with a critic: rewards in parts, advantages, losses. All off, each works alone."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -75,6 +76,11 @@ class CriticOptions:
     )
 
 
+def under_deepspeed(args: Any) -> bool:
+    """Whether accelerate or the configuration asks for it."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" or bool(args.deepspeed)
+
+
 def check_critic_options(args: Any) -> None:
     """Options of which one needs or excludes another.
 
@@ -91,6 +97,11 @@ def check_critic_options(args: Any) -> None:
             f"rollout batch, of which the policy takes part in one in {args.critic_updates}. Set num_iterations to "
             f"{args.critic_updates * max(args.num_iterations // args.critic_updates, 1)}."
         )
+    if args.critic_updates > 1 and under_deepspeed(args):
+        raise ValueError(
+            f"critic_updates={args.critic_updates} does not go with DeepSpeed, whose optimizer would step the policy "
+            "where it waits for the critic: set it to 1, or use data parallelism or FSDP2."
+        )
     if args.gae_lambda_alpha is not None and args.gae_lambda != LAMBDA:
         raise ValueError(
             f"gae_lambda={args.gae_lambda:g} does nothing with gae_lambda_alpha={args.gae_lambda_alpha:g}, which gives "
@@ -106,6 +117,11 @@ def check_critic_options(args: Any) -> None:
         raise ValueError(
             f"reward_sigmoid=True shapes the score of a whole response, and reward_role_pays={args.reward_role_pays!r} "
             "pays it in parts: set one of them."
+        )
+    if args.reward_role_pays != "end" and args.gamma != 1:
+        raise ValueError(
+            f"reward_role_pays={args.reward_role_pays!r} pays differences of a score, which change no policy's return "
+            f"with gamma=1 only, and gamma is {args.gamma:g}: set one of them back."
         )
     if args.critic_warmup_returns != "lambda" and args.critic_warmup_steps == 0:
         raise ValueError(

@@ -43,6 +43,11 @@ def check_inputs(
             check_dataset(part, part_name)
             check_references(part, part_name, args.reward_sigmoid)
             check_lengths(part, part_name, encoder, args.max_completion_length, positions, scored, progress)
+    if args.reward_role_pays != "end" and not scored:
+        raise ValueError(
+            f"reward_role_pays={args.reward_role_pays!r} pays the reward role's score in parts, and the model has no "
+            "reward role: give a reward adapter, or leave it at 'end'."
+        )
     wanted = args.generation_batch_size // args.num_generations
     if isinstance(train_dataset, Dataset) and len(train_dataset) < wanted:
         raise ValueError(

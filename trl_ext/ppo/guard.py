@@ -49,8 +49,8 @@ def completion_figures(rollout: Rollout, reduce: Reduce) -> dict[str, float]:
 
         distinct-2 = different pairs of neighbouring words / all of them, in the rollout batch of a process
 
-    where a text without spaces counts by tokens; share that ended at once, mean and standard deviation of the tokens,
-    number of completions.
+    where a text without spaces, and one of several turns, counts by tokens, the policy's own; share that ended at once,
+    mean and standard deviation of the tokens, number of completions.
 
     Source: Li et al. 2016, arXiv 1510.03055, section 5.
 
@@ -58,9 +58,13 @@ def completion_figures(rollout: Rollout, reduce: Reduce) -> dict[str, float]:
         rollout: With its completions, as ids and as texts or messages.
         reduce: Sums a small tensor over all processes.
     """
-    mask = rollout.completion_mask.bool()
+    mask = rollout.actions
     lengths = mask.sum(1)
-    different = distinct_pairs(rollout.completions, rollout.completion_ids.tolist(), lengths.tolist())
+    ids, texts = rollout.completion_ids.tolist(), rollout.completions
+    if rollout.action_mask is not None:  # the policy's own tokens, and not the environment's words between them
+        ids = [row[own].tolist() for row, own in zip(rollout.completion_ids, mask, strict=True)]
+        texts = [""] * len(ids)
+    different = distinct_pairs(texts, ids, lengths.tolist())
     sums = [1.0, different, float(len(mask)), float((lengths <= AT_ONCE).sum())]
     sums += [float(lengths.sum()), float(lengths.square().sum())]
     processes, distinct, rows, at_once, tokens, squares = reduce(torch.tensor(sums, device=mask.device)).tolist()

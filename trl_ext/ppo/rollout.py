@@ -206,6 +206,7 @@ def collect(
                 ensemble=args.reward_ensemble,
                 ensemble_coef=args.reward_ensemble_coef,
                 ensemble_weights=args.reward_ensemble_weights,
+                as_sampled=rollout.action_mask is not None,
             )
     if training and state.rollouts == 0 and rollout.reference_logps is not None:
         check_first_kl(rollout.logps, rollout.reference_logps)
@@ -227,6 +228,7 @@ def collect(
             max_tokens=rollout.longest() * at_a_time,
             ensemble=args.reward_ensemble,
             ensemble_coef=args.reward_ensemble_coef,
+            ensemble_weights=args.reward_ensemble_weights,
         ) * args.reward_role_weight + (0.0 if rollout.placed is None else rollout.placed)
 
     # 4. Running normalisation, clip, penalty for a missing end

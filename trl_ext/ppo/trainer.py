@@ -262,7 +262,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
 
         # 3. Samples, and what reward functions report
         cells, reported = logging.take_reports(self._pending_extra_logs, self._pending_metrics, len(inputs))
-        self.record(logged | reported)
+        self.record(logged | reported, rows=len(inputs))
         logging.keep_samples(self.recorder, self.reward_func_names, rollout, args, step if training else None)
         if self.log_completions:
             logging.log_samples(self._logs, self.reward_func_names, rollout)
@@ -304,7 +304,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
             terms["policy_loss"] = policy
             stats |= {"policy_loss": policy, **policy_stats}
             if args.entropy_coef > 0 and "entropy" in outputs:
-                terms["entropy"] = -args.entropy_coef * outputs["entropy"].sum() / num_tokens
+                terms["entropy"] = -args.entropy_coef * outputs["entropy"].where(mask, 0.0).sum() / num_tokens
             if batch.best_weights is not None:
                 stats["best_lm_loss"] = best_answers_loss(outputs["logps"], mask, batch.best_weights)
                 terms["best_lm_loss"] = args.best_lm_coef * stats["best_lm_loss"]
@@ -318,12 +318,6 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
         return torch.stack(list(terms.values())).sum()
 
     # ------------------------------------------------------------------ details
-
-    def record(self, values: dict[str, float]) -> None:
-        """Add values to the means that the next log prints."""
-        mode = "train" if self.model.training else "eval"
-        for name, value in values.items():
-            self._metrics[mode][name].append(float(value))
 
     def _pass(self, model: Any, batch: Rollout) -> dict[str, Tensor]:
         """One pass of each role that is trained now; the policy is not where it waits, and where its step is spent."""

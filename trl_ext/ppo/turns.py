@@ -11,6 +11,7 @@ a completion, reach the reward functions under their names.
 `trainer.complete(prompts)` and `trainer.model.generate` sample from the policy inside it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -44,6 +45,13 @@ def check_rollout(output: Any, prompts: int, longest: int) -> dict[str, Any]:
                     f"rollout_func: {name} of completion {i} has {len(row)} entries for its {lengths[i]} tokens: give "
                     "one for each token, those of the environment included."
                 )
+    for i, row in enumerate(output["logprobs"] or ()):
+        own = (output.get("env_mask") or {i: [1] * len(row)})[i]
+        given = [x[0] if isinstance(x, list | tuple) else x for x, mine in zip(row, own, strict=True) if mine]
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in given):
+            raise ValueError(
+                f"rollout_func: logprobs of completion {i} are not finite where the policy wrote: {given}."
+            )
     for i, row in enumerate(output.get("env_mask") or ()):
         if any(entry not in (0, 1) for entry in row):
             raise ValueError(f"rollout_func: env_mask of completion {i} is {row}: 1 where the policy wrote, else 0.")

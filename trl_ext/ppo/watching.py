@@ -16,6 +16,7 @@ from trl_ext.roles import Role
 
 LOGGER = logging.getLogger(__name__)
 FOLDER = "guard"
+BEFORE = "before"  # with `rollout_lag`: the policy that is making the next batch
 WITHIN = 4 / 3  # of kl_target: the KL up to which a policy may be the best one
 
 
@@ -53,6 +54,8 @@ class WatchCallback(TrainerCallback, ExportableState):
         limits = Limits(args.kl_target if held else None, watched)
         self.guard = PolicyGuard(acts, limits, _alert(args)) if args.guard else None
         self.snapshots = {"good": Snapshot(), "best": Snapshot()} if whole else {}
+        if self.snapshots and args.rollout_lag:
+            self.snapshots[BEFORE] = Snapshot()
         self.going_back = False
         self.pace = 1.0  # factor on the size of an update of the policy
         self.stats: dict[str, float] = {}
@@ -79,10 +82,23 @@ class WatchCallback(TrainerCallback, ExportableState):
         if act == "raise_beta":
             self.ppo_state.kl.coef *= FACTOR
         self.going_back |= act == "step_back"
-        due = (self.ppo_state.rollouts - 1) % SNAPSHOT_EVERY == 0  # the first batch, and every third from there
-        if self.snapshots and self.guard.sound and due:
-            self.snapshots["good"].take(self.optimizer(), step=step, kl=figures.get("kl", 0.0))
+        if self.snapshots:
+            self._keep(figures, step)
         return metrics
+
+    def _keep(self, figures: dict[str, float], step: int) -> None:
+        """Keep the policy that made a sound batch: the first one, and every third from there.
+
+        A batch that was sampled ahead is of the policy before the last update, which was kept for that.
+        """
+        due, kl = (self.ppo_state.rollouts - 1) % SNAPSHOT_EVERY == 0, figures.get("kl", 0.0)
+        if due and self.guard is not None and self.guard.sound:
+            if not figures.get("sampling/lag"):
+                self.snapshots["good"].take(self.optimizer(), step=step, kl=kl)
+            elif self.snapshots[BEFORE].info:
+                self.snapshots["good"], self.snapshots[BEFORE] = self.snapshots[BEFORE], Snapshot()
+        if BEFORE in self.snapshots and self.ppo_state.rollouts % SNAPSHOT_EVERY == 0:
+            self.snapshots[BEFORE].take(self.optimizer(), step=step, kl=kl)
 
     def end_update(self, stats: dict[str, float]) -> None:
         """Remember the steps of an update, for the next look."""
@@ -157,14 +173,17 @@ class WatchCallback(TrainerCallback, ExportableState):
         return {
             "alarms": [alarm | {"means": FAULTS[alarm["alarm"]].means} for alarm in guard.raised] if guard else [],
             "stopped": guard.stopped if guard is not None else None,
-            **{f"{name}_policy": dict(snapshot.info) for name, snapshot in self.snapshots.items() if snapshot.info},
+            **{f"{name}_policy": dict(snapshot.info) for name, snapshot in self._kept().items()},
         }
+
+    def _kept(self) -> dict[str, Snapshot]:
+        return {name: s for name, s in self.snapshots.items() if s.info and name != BEFORE}
 
     def stopped(self) -> str | None:
         """Why the guard stopped the run, in words for its user; None where it did not."""
         if self.guard is None or self.guard.state.stopped is None:
             return None
-        kept = [f"the {name} policy, of step {int(s.info['step'])}," for name, s in self.snapshots.items() if s.info]
+        kept = [f"the {name} policy, of step {int(s.info['step'])}," for name, s in self._kept().items()]
         return (
             f"the guard stopped the run: {self.guard.state.stopped}. In {self.args.output_dir} lies "
             f"{kept[-1] if kept else 'the last policy,'} with its critic. The documentation (tuning) says what each "

@@ -55,7 +55,7 @@ COMMANDS: dict[str, Command] = {
     "rlhf": Command("trl_ext.scripts.rlhf", "SFT -> reward models -> PPO-Max -> judge, in rounds, on one base"),
     "sample": Command("trl_ext.scripts.sample_responses", "sample and score responses, into a file", SAMPLE),
     "evaluate": Command(
-        "trl_ext.scripts.evaluate", "a finished policy on held-out prompts, with intervals", EVALUATE, launched=True
+        "trl_ext.scripts.evaluate_policy", "a finished policy on held-out prompts", EVALUATE, launched=True
     ),
     "compare": Command(
         "trl_ext.scripts.compare", "several finished policies: table, picture, page", COMPARE, launched=True

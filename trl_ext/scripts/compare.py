@@ -15,7 +15,7 @@ from typing import Any
 
 from trl import ModelConfig
 
-from trl_ext.scripts.evaluate import show_results
+from trl_ext.scripts.evaluate_policy import show_results
 from trl_ext.scripts.evaluating import EvaluationArguments, evaluated, is_run, make_setting, parse_evaluation
 from trl_ext.scripts.parsing import Given
 from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries, without_traceback

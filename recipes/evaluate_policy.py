@@ -1,6 +1,6 @@
 """A finished policy on held-out prompts, beside where it started: figures with intervals, samples, a page.
 
-The same as `trl-ext evaluate`; `--help` says more. Its body is trl_ext/scripts/evaluate.py.
+The same as `trl-ext evaluate`; `--help` says more. Its body is trl_ext/scripts/evaluate_policy.py.
 """
 
 import sys
