@@ -67,6 +67,7 @@ def test_no_held_out_prompt_is_in_anything_that_the_policy_is_trained_on(tmp_pat
     assert "4 demonstrations left out: their prompts are held out to judge on." in told
     if named:
         assert "4 prompts left out of the training: they are held out to judge on." in told
+        assert not [line for line in told if "trained on too" in line]
     else:
         assert (len(preferences), len(test_pairs)) == (180, 20)
 

@@ -35,7 +35,9 @@ def own_data(recipe: Any, training: Any, encoder: Any, show: Callable[..., Any])
         raise ValueError(f"--preferences {recipe.preferences}: rankings; this recipe labels and trains on pairs.")
     rows: tuple[Any, Any] = (preferences, test_pairs)
     if recipe.prompts is not None:
-        rows = load_prompts(PromptArguments(recipe.prompts, dataset_test_name=recipe.prompts_test), show)
+        named_apart = recipe.prompts_test is not None  # prompts in both are left out below, and that is said there
+        told = (lambda *_: None) if named_apart else show
+        rows = load_prompts(PromptArguments(recipe.prompts, dataset_test_name=recipe.prompts_test), told)
     prompts, held_out = prompts_of_both(*rows, encoder, recipe.max_prompt_length, show)
     if demonstrations is not None:
         demonstrations = demonstrations_apart(demonstrations, held_out, show)
