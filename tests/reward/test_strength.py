@@ -133,19 +133,19 @@ def test_what_does_not_fit_is_an_error(options, match):
 # ---------------------------------------------------------------------- members
 
 
-def members(base, folder, seeds, trained):
+def members(base, folder, seeds, trained, rows=12, **options):
     """(weights, scores) of each member; `trained` collects the folders of those that were trained."""
     model = RewardModel(load_base(str(base)), tiny.lora("SEQ_CLS"))
 
     def make(model, args):
         assert (args.seed, args.data_seed) == (seeds[len(found)],) * 2
-        made = RewardModelTrainer(model, args, runs.pairs(12))
+        made = RewardModelTrainer(model, args, runs.pairs(rows))
         train = made.train
         made.train = lambda **options: trained.append(args.output_dir.rsplit("_", 1)[-1]) or train(**options)
         return made
 
     found = []
-    for trainer in train_ensemble(model, runs.config(folder), seeds, make):
+    for trainer in train_ensemble(model, runs.config(folder, **options), seeds, make):
         found.append((runs.weights(model), trainer.score(runs.pairs(4, seed=7))["chosen"]))
     return found
 
@@ -161,6 +161,11 @@ def test_members_differ_and_one_that_is_saved_is_not_trained_again(base, tmp_pat
     for (weights, scores), (loaded, same_scores) in zip(first, again, strict=False):
         assert tiny.same(weights, loaded)
         assert torch.equal(scores, same_scores)
+
+    with pytest.raises(ValueError, match="member_1 was trained with another content of train_dataset, rows of train"):
+        members(base, tmp_path, [1, 2], trained, rows=13)
+    with pytest.raises(ValueError, match="member_1 was trained with another learning_rate, max_steps"):
+        members(base, tmp_path, [1, 2], trained, learning_rate=5e-3, max_steps=7)
 
     alone = members(base, tmp_path / "other", [2], trained)
     assert tiny.same(alone[0][0], first[1][0]), "a member depends on its seed, not on those before it"

@@ -593,6 +593,20 @@ def test_a_score_is_trained_where_trl_trains_it(tmp_path, pad):
         assert [scores["chosen"][0].item(), scores["rejected"][0].item()] == pytest.approx(expected, abs=1e-5)
 
 
+def test_options_of_the_chat_template_are_the_training_rows(tmp_path):
+    template = chat.CHATML + "{% if quiet %} quiet{% endif %}"
+    tokenizer = chat.tokenizer_of(template, "<|im_end|>", pad_token="<pad>")
+    config = tiny.tiny_config(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    dataset = runs.Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}], **answers}] * 2)
+    for options, ends in ((None, False), ({"quiet": True}, True)):
+        args = runs.config(tmp_path / "out", chat_template_kwargs=options)
+        trainer = RewardModelTrainer(str(tmp_path / "base"), args, dataset, processing_class=tokenizer)
+        assert tokenizer.decode(trainer.train_dataset[0]["ids"][0]).endswith(" quiet") == ends
+
+
 def test_a_model_that_is_trained_on_loses_its_old_scale(finished, base, tmp_path):
     model = RewardModel(load_base(str(base)), tiny.lora("SEQ_CLS"))
     model.load(finished.args.output_dir)

@@ -180,16 +180,6 @@ def test_a_reward_config_with_a_wrong_key_is_named(tmp_path: Path) -> None:
         pipeline.reward_arguments(str(tmp_path / "r.yaml"), output_dir="x")
 
 
-def test_prompts_that_are_all_too_long_are_an_error(world) -> None:
-    from datasets import Dataset
-
-    rows = Dataset.from_dict({"prompt": ["one day the fox went to the river ."] * 2})
-    encoder = TextEncoder(load_tokenizer(str(world.base)))
-    assert len(pipeline.prompts_of(rows, encoder, 20)) == 1
-    with pytest.raises(ValueError, match="--max_prompt_length 3"):
-        pipeline.prompts_of(rows, encoder, 3)
-
-
 def test_reward_models_that_are_there_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model_name_or_path=m", "--dataset_name=d", f"--output_dir={tmp_path}", "--use_cpu"]
     recipe, training, *_ = pipeline.parse([*flags, "--resume_from_checkpoint=true"])

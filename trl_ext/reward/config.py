@@ -1,7 +1,7 @@
 """Configuration of a reward model: TRL's, plus a field for every loss term and for what is stored with the adapter."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from trl import RewardConfig
 
@@ -17,6 +17,8 @@ class RewardModelConfig(RewardConfig):
     Configuration of [`RewardModelTrainer`]. Fields of `RewardConfig` keep their names and meaning, among them
     `center_rewards_coefficient` and `max_length`. Without any of ours set, the loss is the plain pairwise one.
     """
+
+    _VALID_DICT_FIELDS = [*RewardConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     bf16: bool | None = field(default=None, metadata={"help": BF16_HELP})  # type: ignore[assignment]
     remove_unused_columns: bool = field(
@@ -57,6 +59,11 @@ class RewardModelConfig(RewardConfig):
         metadata={
             "help": "Weight of the imitation term: the LM loss of the preferred response under the frozen LM head."
         },
+    )
+
+    # Data
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the chat template, where prompts are conversations."}
     )
 
     # Computation

@@ -5,6 +5,9 @@ sections 2.2 and 2.3.
 """
 
 import copy
+import hashlib
+import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,10 @@ from trl_ext.reward.config import RewardModelConfig
 from trl_ext.roles import RewardModel
 from trl_ext.roles.adapters import WEIGHTS_FILE
 
+LOGGER = logging.getLogger(__name__)
+MADE_OF = "begun.json"  # in a member's folder, written before it is trained
+# What a finished member hangs on beside the identity of its run, which may change in a training that goes on
+OF_A_WHOLE_ONE = ("max_steps", "num_train_epochs", "normalize_rewards", "normalization_samples")
 ACTIONS = ("flip", "smooth", "margin", "drop")
 EXAMPLES = 3
 
@@ -54,11 +61,14 @@ def preference_strength(differences: Tensor) -> tuple[Tensor, Tensor]:
 class Trains(Protocol):
     """What is asked of a member's trainer."""
 
+    args: Any
     stop: Any
+    identity: Any
 
     def own_checkpoint(self) -> str | None: ...
     def train(self, resume_from_checkpoint: str | bool | None = None) -> Any: ...
     def save_model(self) -> None: ...
+    def is_world_process_zero(self) -> bool: ...
 
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trains)
@@ -67,6 +77,34 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trains)
 def is_trained(folder: str | Path) -> bool:
     """Whether a member's adapter is there and whole: its weights are written last."""
     return (Path(folder) / WEIGHTS_FILE).is_file()
+
+
+def made_of(trainer: Trains, start: str | Path | None) -> dict[str, Any]:
+    """What a member is made of: the identity of its run, its length and scale, and the adapter that it goes on from."""
+    facts = trainer.identity.identity() | {name: getattr(trainer.args, name) for name in OF_A_WHOLE_ONE}
+    if start is not None:
+        path = Path(start) / WEIGHTS_FILE
+        facts["start"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(start)
+    return facts
+
+
+def check_member(folder: Path, facts: dict[str, Any]) -> None:
+    """Check that a finished member was made of the same; of one without a record a warning says that it is not known.
+
+    Raises:
+        ValueError: It was not; names the folder and what differs.
+    """
+    path = folder / MADE_OF
+    if not path.is_file():
+        LOGGER.warning("%s is taken as it is: no %s says what it was trained on.", folder, MADE_OF)
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    different = sorted(name for name in {*found, *facts} if found.get(name) != facts.get(name))
+    if different:
+        raise ValueError(
+            f"{folder} was trained with another {', '.join(different)}: set that back, name another output_dir, or "
+            "remove this folder to train it anew."
+        )
 
 
 def train_ensemble(
@@ -79,7 +117,8 @@ def train_ensemble(
     """Train one reward adapter after another on one loaded base, each with its own start and order of the data.
 
     A member is saved to `output_dir/member_1`, ... when it is done; one that is there already is loaded instead of
-    trained, so a run that was stopped goes on with the member it was in, at its newest checkpoint if it has one.
+    trained, so a run that was stopped goes on with the member it was in, at its newest checkpoint if it has one. What a
+    member is made of is written before it is trained, and compared before it is loaded.
 
     Args:
         model: Its adapter is made anew for every member.
@@ -92,7 +131,8 @@ def train_ensemble(
         Each member's trainer, with the trained adapter on the model until the next one is asked for.
 
     Raises:
-        ValueError: Two members would be the same, or not one start for each.
+        ValueError: Two members would be the same, not one start for each, or a member that is there was trained on
+            other rows or with other options.
     """
     if starts and len(starts) != len(seeds):
         raise ValueError(f"{len(starts)} adapters to go on from for {len(seeds)} members: give one for each.")
@@ -106,9 +146,14 @@ def train_ensemble(
         if starts and not is_trained(member.output_dir):
             model.load(starts[k - 1])
         trainer = make_trainer(model, member)
-        if is_trained(member.output_dir):
-            model.load(member.output_dir)
+        folder, facts = Path(member.output_dir), made_of(trainer, starts[k - 1] if starts else None)
+        if is_trained(folder):
+            check_member(folder, facts)
+            model.load(folder)
         else:
+            if trainer.is_world_process_zero():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / MADE_OF).write_text(json.dumps(facts, indent=1), encoding="utf-8")
             trainer.stop.how_to_go_on = "the same command goes on there"
             trainer.train(resume_from_checkpoint=trainer.own_checkpoint())
             trainer.save_model()

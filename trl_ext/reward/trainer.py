@@ -107,7 +107,9 @@ class RewardModelTrainer(RoleTrainer, RewardTrainer):
         check_vocabulary(config, processing_class)
         self.reports: dict[str, ConversionReport] = {}
         self._sources: dict[str, int] = {}
-        self._encoder, self._data_args, self._positions = TextEncoder(processing_class), args, max_positions(config)
+        template: Any = args.chat_template_kwargs
+        self._encoder = TextEncoder(processing_class, chat_template_kwargs=template)
+        self._data_args, self._positions = args, max_positions(config)
         facts = data_facts("train_dataset", train_dataset)
         train = self._prepare(TRAINING, train_dataset)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}

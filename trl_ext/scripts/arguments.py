@@ -106,7 +106,8 @@ class PreferenceArguments:
         default=None, metadata={"help": "Preferences to evaluate on. Default: `dataset_name`, with another split."}
     )
     dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on. Default: a tenth of the training split, held out."}
+        default=None,
+        metadata={"help": "Split to evaluate on. Default: a tenth of the training split, held out by prompt."},
     )
     dataset_mixture: list[str] | None = field(
         default=None,

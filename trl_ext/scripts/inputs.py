@@ -20,6 +20,7 @@ from trl_ext.scripts.arguments import (
     check_preference_flags,
     mixture_of,
 )
+from trl_ext.scripts.held_out import split_by_prompt
 from trl_ext.scripts.running import printer
 from trl_ext.text import check_prompts
 
@@ -187,6 +188,8 @@ def load_preference_splits(
 ) -> tuple[Dataset, Dataset]:
     """Training and test rows by name, converted and checked, with a printed report of what was left out.
 
+    Test rows that are held out of the training rows have prompts that these have not.
+
     Raises:
         ValueError: No dataset, a split that is not there, or no row that is not in the test set.
     """
@@ -203,8 +206,7 @@ def load_preference_splits(
         if count == len(train):
             named = recipe.dataset_name or "the mixture"
             raise ValueError(f"{named} has one usable row: it cannot be trained and tested on.")
-        parts = train.train_test_split(test_size=count, seed=seed)
-        train, test = parts["train"], parts["test"]
+        train, test = split_by_prompt(train, count, seed, show)
     else:
         name = str(recipe.dataset_test_name or recipe.dataset_name)
         split = recipe.dataset_test_split or ("test" if has_splits(name) else "train")

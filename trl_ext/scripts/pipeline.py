@@ -31,12 +31,14 @@ from trl_ext import PPOMaxConfig
 from trl_ext.reward.strength import is_trained, train_ensemble
 from trl_ext.roles.adapters import WEIGHTS_FILE
 from trl_ext.scripts.arguments import PreferenceArguments, check_model_flags
+from trl_ext.scripts.held_out import keep_prompts, prompts_of_both
 from trl_ext.scripts.inputs import load_preference_splits
 from trl_ext.scripts.models import config_options, fresh_adapter, fresh_reward_model, load_causal_base, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given, read_config
 from trl_ext.scripts.running import (
     check_output_dir,
     checkpoint_to_resume,
+    options_of,
     printer,
     quiet_libraries,
     show_progress,
@@ -98,6 +100,23 @@ def member_folders(recipe: PipelineArguments, training: PPOMaxConfig) -> list[Pa
     return [folder / f"member_{k + 1}" for k in range(recipe.members)]
 
 
+def reward_options(path: str) -> dict[str, Any]:
+    """The options of a yaml file that are `RewardModelConfig`'s; those of the model are passed over for the run's own.
+
+    Raises:
+        ValueError: A key that there is not.
+    """
+    from trl_ext import RewardModelConfig
+
+    options = read_config(path, "--reward_config")
+    known, models = ([f.name for f in fields(kind) if f.init] for kind in (RewardModelConfig, ModelConfig))
+    for key in options:
+        if key not in known and key not in models:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"{key} in {path}: no such option{f'; did you mean {near[0]}' if near else ''}.")
+    return {key: value for key, value in options.items() if key in known}
+
+
 def reward_arguments(path: str, **own: Any) -> Any:
     """`RewardModelConfig` of a yaml file, with some fields set here.
 
@@ -106,13 +125,7 @@ def reward_arguments(path: str, **own: Any) -> Any:
     """
     from trl_ext import RewardModelConfig
 
-    options = read_config(path, "--reward_config")
-    known = [f.name for f in fields(RewardModelConfig) if f.init]
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"{key} in {path}: no such option{f'; did you mean {near[0]}' if near else ''}.")
-    return RewardModelConfig(**options | own)
+    return RewardModelConfig(**reward_options(path) | own)
 
 
 def train_rewards(
@@ -129,7 +142,8 @@ def train_rewards(
     if all(map(is_trained, folders)):
         return
     tokenizer, train, test = data
-    args = reward_arguments(recipe.reward_config, output_dir=str(folders[0].parent), seed=training.seed)
+    own = {"output_dir": str(folders[0].parent), "seed": training.seed}
+    args = reward_arguments(recipe.reward_config, **own, chat_template_kwargs=training.chat_template_kwargs)
     model = fresh_reward_model(base, model_args)
 
     def make_trainer(model: Any, args: Any) -> Any:
@@ -151,24 +165,6 @@ def train_rewards(
 # ---------------------------------------------------------------------- 2. PPO-Max
 
 
-def prompts_of(rows: Any, encoder: Any, longest: int) -> Any:
-    """The different prompts of preference rows, without those that are too long.
-
-    Raises:
-        ValueError: None is left.
-    """
-    from datasets import Dataset
-
-    prompts = list({json.dumps(prompt): prompt for prompt in rows["prompt"]}.values())
-    lengths = encoder.prompt_lengths(prompts)
-    kept = [{"prompt": prompt} for prompt, length in zip(prompts, lengths, strict=True) if length <= longest]
-    left = len(prompts) - len(kept)
-    printer()(f"{len(kept):,} different prompts of at most {longest} tokens, {left:,} longer ones left out")
-    if not kept:
-        raise ValueError(f"--max_prompt_length {longest}: the shortest prompt has {min(lengths)} tokens. Raise it.")
-    return Dataset.from_list(kept)
-
-
 def tune(
     recipe: PipelineArguments, training: PPOMaxConfig, model_args: ModelConfig, given: Given, parts: tuple[Any, ...]
 ) -> Any:
@@ -188,6 +184,8 @@ def tune(
     trainer = PPOMaxTrainer(
         model, args=training, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
+    kept = keep_prompts(Path(str(training.output_dir)), train, test)
+    trainer.recorder.options = options_of(recipe, model_args) | kept
     show_progress(trainer, {"reward": "reward", "kl": "kl", "explained_variance": "critic"})
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
@@ -372,7 +370,7 @@ def main(arguments: list[str] | None = None) -> None:
     options: Any = training.chat_template_kwargs
     ends = end_token_ids(tokenizer, load_generation_config(str(model_args.model_name_or_path)))
     encoder = TextEncoder(tokenizer, ends, options)
-    prompts = [prompts_of(rows, encoder, recipe.max_prompt_length) for rows in (train, test)]
+    prompts = prompts_of_both(train, test, encoder, recipe.max_prompt_length, printer())
     config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
     check_inputs(training, encoder, max_positions(config), prompts[0], prompts[1], None, scored=True)
     training.choose_optim(quantised=model_args.load_in_4bit or model_args.load_in_8bit)

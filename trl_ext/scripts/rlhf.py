@@ -52,18 +52,18 @@ class RLHFArguments(WorldArguments):
     )
     preferences_format: str = field(default="auto", metadata={"help": "As --dataset_format of trl-ext reward-model."})
     preferences_test: str | None = field(
-        default=None, metadata={"help": "Preferences to test on. Default: a tenth of `preferences`, held out."}
+        default=None, metadata={"help": "Preferences to test on. Default: a tenth of `preferences`, by prompt."}
     )
     prompts: str | None = field(
         default=None, metadata={"help": "Prompts of PPO, with a column `prompt`. Default: those of `preferences`."}
     )
     prompts_test: str | None = field(
-        default=None, metadata={"help": "Prompts to judge on. Default: held out of `prompts`."}
+        default=None, metadata={"help": "Prompts to judge on, never trained on. Default: held out of `prompts`."}
     )
     max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts are left out, and counted."})
     sft_config: str = field(default="sft", metadata={"help": "Options of SFTConfig: a yaml file, or its name."})
     reward_config: str = field(
-        default="reward_tinychat", metadata={"help": "Options of RewardModelConfig: a yaml file, or its name."}
+        default="reward", metadata={"help": "Options of RewardModelConfig: a yaml file, or its name."}
     )
     members: int = field(
         default=3, metadata={"help": "Reward models: the last one judges, PPO has the others; a single one pays."}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trl_ext.run_identity import data_facts, digest_of
 from trl_ext.scripts.judging import (
     adapter_scores,
     ask_model,
@@ -16,7 +17,8 @@ from trl_ext.scripts.judging import (
     open_judge,
     wait_for_people,
 )
-from trl_ext.scripts.rlhf_stages import Work, digest, done, finish, paying
+from trl_ext.scripts.rlhf_facts import BEGUN, begin, digest, done, ended_early, finish, model_facts
+from trl_ext.scripts.rlhf_stages import Work, paying
 from trl_ext.scripts.running import write_json
 from trl_ext.scripts.tables import print_table
 
@@ -35,10 +37,12 @@ def answer(work: Work, policy: Path, prompts: Any, path: Path, count: int) -> li
     from trl_ext.generation.vllm_server import SamplingParameters
     from trl_ext.roles import read_adapter
     from trl_ext.rrhf import SamplingConfig, sample_responses
+    from trl_ext.rrhf.response_log import read_records
 
     args = SamplingConfig(
-        [f"temperature:{count}"],
+        [f"nucleus:{count}" if work.training.top_p < 1 else f"temperature:{count}"],
         sampling_temperature=work.training.temperature,
+        sampling_top_p=work.training.top_p,
         max_new_tokens=work.training.max_completion_length,
         sampling_batch_size=SAMPLED_AT_A_TIME,
         sampling_seed=work.training.seed,
@@ -47,21 +51,34 @@ def answer(work: Work, policy: Path, prompts: Any, path: Path, count: int) -> li
     engine = None
     if work.training.vllm_server_url is not None:
         encoder, seed = work.encoder, args.sampling_seed
-        parameters = SamplingParameters(args.max_new_tokens, tuple(encoder.end_ids), args.sampling_temperature)
+        parameters = SamplingParameters(
+            args.max_new_tokens, tuple(encoder.end_ids), args.sampling_temperature, args.sampling_top_p
+        )
         engine = checked_engine(model, work.training, parameters, encoder.tokenizer, path.parent, owner=path, seed=seed)
     sample_responses(model, work.encoder, prompts, path, args, None, {"policy": digest(policy)}, engine)
     if engine is not None:
         engine.close()
     model.unload()
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return sorted(rows, key=lambda row: row["index"])
+    return sorted(read_records(path), key=lambda row: row["index"])
+
+
+def sampling_facts(work: Work, prompts: Any, *policies: Path) -> dict[str, Any]:
+    """What answers hang on: the policies, the prompts, and how they are sampled."""
+    names = ("seed", "temperature", "top_p", "max_completion_length", "chat_template_kwargs")
+    options = {name: getattr(work.training, name) for name in names}
+    return options | {"policies": [digest(each) for each in policies]} | data_facts("prompts", prompts)
+
+
+def answers_path(folder: Path, facts: Mapping[str, Any]) -> Path:
+    """A file of answers, named by what they hang on: those of other prompts are in another one."""
+    return folder / f"answers_{digest_of([json.dumps(facts, sort_keys=True).encode()])}.jsonl"
 
 
 # ---------------------------------------------------------------------- labels between two rounds
 
 
 def label_round(work: Work, number: int, policy: Path, rewards: Sequence[Path], sets: Mapping[str, Any]) -> Any:
-    """Labelled pairs of answers by the policy of the round before, as preferences.
+    """Labelled pairs of answers by the policy of the round before, as preferences; once written they stay.
 
     Args:
         work: What is shared.
@@ -71,34 +88,64 @@ def label_round(work: Work, number: int, policy: Path, rewards: Sequence[Path], 
         sets: Preferences so far, whose pairs are not chosen again.
 
     Raises:
-        ValueError: No pair has got a label that decides.
+        ValueError: No pair has got a label that decides, or there are labels from elsewhere.
     """
     from trl_ext.data import convert_rows
+    from trl_ext.data.reading import read_json_rows
     from trl_ext.feedback.exchange import preference_rows
     from trl_ext.feedback.labels import read_labels
     from trl_ext.feedback.pairs import read_pairs, write_rows
 
     folder = work.round(number)
-    path = folder / "pairs.jsonl"
+    path, labelled = folder / "pairs.jsonl", folder / "preferences.jsonl"
     names = ("labels_per_round", "sampled_prompts", "answers_per_prompt", "choose", "random_share")
-    facts = {name: getattr(work.recipe, name) for name in names}
-    facts["adapters"] = [digest(each) for each in (policy, *rewards)]
+    facts = model_facts(work) | {name: getattr(work.recipe, name) for name in names}
+    facts |= sampling_facts(work, work.prompts, policy) | {"adapters": [digest(each) for each in rewards]}
     if not done(folder, facts):  # before any label is given: pairs that are labelled are never written again
+        for stale in (labelled, folder / "before.json"):
+            stale.unlink(missing_ok=True)
         write_rows(path, [choice.row() for choice in choose(work, number, policy, rewards, sets)])
         finish(folder, facts)
-    pairs = read_pairs(path)
     labels = path.with_suffix(".labels")
-    give_labels(work, pairs, labels)
-    rows, dropped = preference_rows(pairs, read_labels(labels))
-    write_rows(folder / "preferences.jsonl", rows)
-    left = "".join(f", {count:,} left out: {reason}" for reason, count in dropped.items())
-    work.show(f"Round {number}: {len(rows):,} labelled pairs{left}")
-    kept, tested = held_apart(rows, work.recipe)
-    if not kept:
-        raise ValueError(f"{labels}: no label to train on. Label more pairs, or lower --random_share.")
+    begin_labels(work.recipe, labels)
+    if not labelled.is_file():
+        pairs = read_pairs(path)
+        give_labels(work, pairs, labels)
+        rows, dropped = preference_rows(pairs, read_labels(labels))
+        if not held_apart(rows, work.recipe)[0]:
+            raise ValueError(f"{labels}: no label to train on. Label more pairs, or lower --random_share.")
+        write_rows(labelled, rows)
+        left = "".join(f", {count:,} left out: {reason}" for reason, count in dropped.items())
+        again = f". To ask for those again, remove {labelled} before the round goes on" if dropped else ""
+        work.show(f"Round {number}: {len(rows):,} labelled pairs{left}{again}")
+    kept, tested = held_apart(list(read_json_rows(labelled)), work.recipe)  # type: ignore[arg-type]
     if tested and not (folder / "before.json").is_file():
         write_json(folder / "before.json", accuracy_on(work, rewards, tested))
     return convert_rows(kept)[0]
+
+
+def begin_labels(recipe: Any, folder: Path) -> None:
+    """Write down who labels a round, before the first label; labels of two sources are never pooled.
+
+    Raises:
+        ValueError: There are labels from elsewhere; names the source, or the file.
+    """
+    from trl_ext.feedback.judge import read_judge_prompt
+
+    source = recipe.labels_from
+    facts = {"labels_from": source}
+    if source == "judge":
+        facts |= {"judge": "local" if recipe.judge == "local" else "endpoint"}
+        facts |= {name: getattr(recipe, name) for name in ("judge_model", "judge_base_url")}
+        facts["judge_prompt"] = digest_of([read_judge_prompt(recipe.judge_prompt).encode()])
+    there = {path.stem for path in folder.glob("*.jsonl")}
+    others = there & {"gold", "judge"} if source == "people" else there - {source}
+    if others and not (folder / BEGUN).is_file():
+        raise ValueError(
+            f"{folder} holds labels of {', '.join(sorted(others))}, and --labels_from is {source}: labels of two "
+            "sources are not mixed. Set that back, or remove the folder of this round and those of later ones."
+        )
+    begin(folder, facts)
 
 
 def held_apart(rows: list[dict[str, Any]], recipe: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -114,7 +161,7 @@ def choose(work: Work, number: int, policy: Path, rewards: Sequence[Path], sets:
     import numpy as np
 
     from trl_ext.feedback import choose as by
-    from trl_ext.feedback.pairs import make_pair, unordered
+    from trl_ext.feedback.pairs import make_pair, read_pairs, unordered
 
     recipe, seed = work.recipe, work.training.seed + number
     count = min(recipe.sampled_prompts, len(work.prompts))
@@ -122,7 +169,9 @@ def choose(work: Work, number: int, policy: Path, rewards: Sequence[Path], sets:
     path = work.round(number) / "responses.jsonl"
     work.show(f"Round {number}: the policy answers {count:,} prompts ...", flush=True)
     rows = answer(work, policy, work.prompts.select(drawn), path, recipe.answers_per_prompt)
-    taken = {unordered(make_pair(row)) for rows_of in sets.values() for row in rows_of}
+    taken = {unordered(make_pair(row)) for rows_of in (*sets.values(), work.test_pairs) for row in rows_of}
+    for earlier in range(2, number):  # whatever became of them: a part was held out, some have no label
+        taken |= {unordered(pair) for pair in read_pairs(work.round(earlier) / "pairs.jsonl")}
     candidates, _ = by.make_candidates([{k: v for k, v in row.items() if k != "index"} for row in rows], taken)
     values = None
     if recipe.choose == "different":
@@ -191,30 +240,34 @@ def measure(work: Work, number: int, policy: Path, rewards: Sequence[Path]) -> d
     """
     folder = work.round(number)
     path = folder / "measured.json"
-    hangs_on = [str(work.recipe.judged_prompts), *(digest(each) for each in (policy, *rewards))]
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["of"] == hangs_on:
-            return kept
     prompts = work.held_out.select(range(min(work.recipe.judged_prompts, len(work.held_out))))
-    rows = answer(work, policy, prompts, folder / "answers.jsonl", 1)
-    texts = [row["responses"][0] for row in rows]
-    scores, _ = member_scores(work.base, work.encoder, rewards, [row["prompt"] for row in rows], texts)
-    found: dict[str, Any] = {
-        "round": number,
-        "proxy": float(scores[:, : len(paying(rewards))].mean()),
-        "judge": float(scores[:, -1].mean()),
-        "spread": float(scores.std(1, unbiased=False).mean()),
-        "accuracy": json.loads((folder / "reward" / "accuracy.json").read_text(encoding="utf-8")),
-        "length": sum(map(len, texts)) / len(texts),
-        "of": hangs_on,
-    }
-    if work.in_world:
-        from trl_ext.toy.task import gold_score
+    facts = sampling_facts(work, prompts, policy)
+    found: dict[str, Any] = {"round": number}
+    hangs_on = facts | {"adapters": [digest(each) for each in rewards]}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if kept.get("of") == hangs_on:
+        found = kept
+    else:
+        rows = answer(work, policy, prompts, answers_path(folder, facts), 1)
+        texts = [row["responses"][0] for row in rows]
+        scores, _ = member_scores(work.base, work.encoder, rewards, [row["prompt"] for row in rows], texts)
+        found |= {
+            "proxy": float(scores[:, : len(paying(rewards))].mean()),
+            "judge": float(scores[:, -1].mean()),
+            "spread": float(scores.std(1, unbiased=False).mean()),
+            "length": sum(map(len, texts)) / len(texts),
+            "of": hangs_on,
+        }
+        if work.in_world:
+            from trl_ext.toy.task import gold_score
 
-        found["gold"] = sum(map(gold_score, texts)) / len(texts)
-    if (folder / "before.json").is_file():
-        found["before"] = json.loads((folder / "before.json").read_text(encoding="utf-8"))
+            found["gold"] = sum(map(gold_score, texts)) / len(texts)
+    for name, place in (("accuracy", folder / "reward" / "accuracy.json"), ("before", folder / "before.json")):
+        if place.is_file():
+            found[name] = json.loads(place.read_text(encoding="utf-8"))
+    why = ended_early(policy)
+    if why is not None:
+        found["ended_early"] = why
     write_json(path, found)
     return found
 
@@ -232,6 +285,9 @@ def report(work: Work, course: Sequence[Mapping[str, Any]]) -> None:
         before = f"{found['before']['ensemble']:.3f}" if "before" in found else "-"
         rows.append((str(found["round"]), f"{accuracy:.3f}", before, *(f"{found[name]:.3f}" for name in names)))
     print_table("Rounds, on held-out prompts", columns, rows)
+    for found in course:
+        if "ended_early" in found:
+            print(f"PPO-Max of round {found['round']} ended before its last step: {found['ended_early']}")
     if len(course) > 1:
         picture(course, work.folder / "rounds.png")
 
@@ -269,7 +325,7 @@ def judge(work: Work, before: Path, after: Path, rewards: Sequence[Path]) -> dic
     folder, recipe = work.folder / "judge", work.recipe
     folder.mkdir(exist_ok=True)
     prompts = work.held_out.select(range(min(recipe.judged_prompts, len(work.held_out))))
-    paths = [folder / f"answers_{digest(each).replace('/', '_')}.jsonl" for each in (after, before)]
+    paths = [answers_path(folder, sampling_facts(work, prompts, each)) for each in (after, before)]
     for policy, path in zip((after, before), paths, strict=True):
         answer(work, policy, prompts, path, 1)
     pairs, _ = match_answers(read_answers(paths[0]), read_answers(paths[1]))

@@ -2,9 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
-import json
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,12 +9,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_ext.data import convert_rows, join_datasets, load_split
+from trl_ext.checkpoints import newest_whole
+from trl_ext.data import join_datasets
+from trl_ext.reward.data import TRAINING
 from trl_ext.reward.strength import is_trained, train_ensemble
-from trl_ext.roles.adapters import WEIGHTS_FILE
 from trl_ext.run_identity import MAY_CHANGE, data_facts
-from trl_ext.scripts.arguments import PreferenceArguments, PromptArguments
-from trl_ext.scripts.inputs import load_preference_splits, load_prompts
+from trl_ext.scripts.held_out import keep_prompts
 from trl_ext.scripts.models import (
     config_options,
     fresh_adapter,
@@ -27,11 +24,11 @@ from trl_ext.scripts.models import (
     tokenizer_of,
 )
 from trl_ext.scripts.parsing import read_config
-from trl_ext.scripts.pipeline import prompts_of, reward_arguments
-from trl_ext.scripts.running import show_progress, write_json
+from trl_ext.scripts.pipeline import reward_arguments, reward_options
+from trl_ext.scripts.rlhf_data import own_data, world_data
+from trl_ext.scripts.rlhf_facts import begin, digest, done, ended_early, finish, model_facts
+from trl_ext.scripts.running import options_of, show_progress, write_json
 
-STAGE = "stage.json"
-WORLD_DEMONSTRATIONS, WORLD_TEST_PAIRS = 3200, 500
 MACHINE = ("use_cpu", "bf16", "fp16", "report_to", "disable_tqdm", "dataloader_pin_memory")  # of the whole run
 FREE = {name for names in MAY_CHANGE.values() for name in names} | {"output_dir", "max_steps", "num_train_epochs"}
 
@@ -96,13 +93,17 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
     if PartialState().num_processes > 1:
         raise ValueError("trl-ext rlhf runs in one process. On several devices run its stages one by one.")
     set_seed(training.seed)
-    reward_arguments(recipe.reward_config, output_dir="unused")
+    reward_arguments(recipe.reward_config, **reward_settings(recipe, training) | {"output_dir": "unused"})
+    used = reward_options(recipe.reward_config)
+    passed = [name for name in read_config(recipe.reward_config, "--reward_config") if name not in used]
+    if passed:
+        show(f"{recipe.reward_config}: {', '.join(passed)} are passed over, the flags of this run count.")
     if recipe.policy_adapter is None:
         sft_arguments(recipe.sft_config, training, Path("unused"))
     else:
         read_adapter(recipe.policy_adapter, "--policy_adapter")
     if model_args.model_name_or_path is None:
-        name, data = _world(recipe, training, show)
+        name, data = world_data(recipe, training, show)
         tokenizer = load_tokenizer(name)
         encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, load_generation_config(name)))
     else:
@@ -110,7 +111,7 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
         tokenizer = tokenizer_of(model_args, training, truncation_side="left", padding_side="left")
         ends = end_token_ids(tokenizer, load_generation_config(name))
         encoder = TextEncoder(tokenizer, ends, training.chat_template_kwargs)
-        data = _own_data(recipe, training, encoder, show)
+        data = own_data(recipe, training, encoder, show)
     demonstrations, preferences, test_pairs, prompts, held_out = data
     config = load_base_config(name, **config_options(model_args, training))
     check_inputs(training, encoder, max_positions(config), prompts, held_out, None, scored=True)
@@ -122,101 +123,7 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
     return Work(*parts, demonstrations, preferences, test_pairs, prompts, held_out, show)
 
 
-def _own_data(recipe: Any, training: Any, encoder: Any, show: Callable[..., Any]) -> tuple[Any, ...]:
-    demonstrations = None
-    if recipe.sft_dataset is not None:
-        demonstrations = load_split(recipe.sft_dataset, "train")
-        check_demonstrations(demonstrations, recipe.sft_dataset)
-    named = PreferenceArguments(
-        dataset_name=recipe.preferences,
-        dataset_format=recipe.preferences_format,
-        dataset_test_name=recipe.preferences_test,
-    )
-    preferences, test_pairs = load_preference_splits(named, training.seed, show)
-    if "chosen" not in preferences.column_names:
-        raise ValueError(f"--preferences {recipe.preferences}: rankings; this recipe labels and trains on pairs.")
-    rows: tuple[Any, Any] = (preferences, test_pairs)
-    if recipe.prompts is not None:
-        rows = load_prompts(PromptArguments(recipe.prompts, dataset_test_name=recipe.prompts_test), show)
-    prompts, held_out = (prompts_of(each, encoder, recipe.max_prompt_length) for each in rows)
-    return demonstrations, preferences, test_pairs, prompts, held_out
-
-
-def check_demonstrations(dataset: Any, name: str) -> None:
-    """Check that TRL's SFTTrainer can learn from the rows.
-
-    Raises:
-        ValueError: No rows, or none of its columns.
-    """
-    columns = set(dataset.column_names)
-    if not len(dataset) or not ({"prompt", "completion"} <= columns or columns & {"messages", "text"}):
-        raise ValueError(
-            f"--sft_dataset {name} has {len(dataset):,} rows with the columns {sorted(columns)}: it needs prompt and "
-            "completion, or messages, or text."
-        )
-
-
-def _world(recipe: Any, training: Any, show: Callable[..., Any]) -> tuple[str, tuple[Any, ...]]:
-    """The folder of the embedded world's base, and its data."""
-    from trl_ext.toy import build_base
-    from trl_ext.toy.task import demonstrations, preference_pairs, sample_prompts
-
-    seed = training.seed if recipe.world_seed is None else recipe.world_seed
-    folder = Path(str(training.output_dir)) / "world"
-    show(f"No --model_name_or_path, so this is the embedded world, in {folder}.", flush=True)
-    base = build_base(folder, seed, scale=recipe.world_scale)
-    count = max(64, round(WORLD_DEMONSTRATIONS * min(1.0, recipe.world_scale)))
-    told = Dataset.from_list(demonstrations(count, random.Random(f"rlhf-demonstrations-{seed}")))
-    pairs = preference_pairs(recipe.world_pairs, random.Random(f"rlhf-preferences-{seed}"))
-    test = preference_pairs(WORLD_TEST_PAIRS, random.Random(f"rlhf-test-{seed}"), temperature=0, split="eval")
-    sets = (Dataset.from_list(convert_rows(rows)[0].to_list()) for rows in (pairs, test))
-    prompts = (sample_prompts(n, random.Random(f"rlhf-{s}-{seed}"), s) for s, n in (("train", 4096), ("eval", 512)))
-    return str(base), (told, *sets, *(Dataset.from_dict({"prompt": each}) for each in prompts))
-
-
-# ---------------------------------------------------------------------- a stage is done once
-
-
-def done(folder: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether a stage is there, made of the same.
-
-    Args:
-        folder: Of the stage.
-        facts: What it hangs on.
-
-    Raises:
-        ValueError: It is there, made of something else; names what.
-    """
-    path = folder / STAGE
-    if not path.is_file():
-        return False
-    found = json.loads(path.read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(facts, default=str))
-    differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-    if differing:
-        raise ValueError(
-            f"{folder} was made with other settings ({', '.join(differing)}): give those of then, name another "
-            "--output_dir, or remove this folder and those of later rounds."
-        )
-    return True
-
-
-def finish(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write down that a stage is done, last of all."""
-    write_json(folder / STAGE, json.loads(json.dumps(facts, default=str)))
-
-
-def digest(folder: Path) -> str:
-    """Of the weights of an adapter; of one on the Hub its id."""
-    path = folder / WEIGHTS_FILE
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(folder)
-
-
-def model_facts(work: Work) -> dict[str, Any]:
-    """What every stage hangs on: the base, and the flags that shape adapters."""
-    args = work.model_args
-    names = ("model_name_or_path", "model_revision", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha")
-    return {name: getattr(args, name) for name in names} | {"seed": work.training.seed}
+# ---------------------------------------------------------------------- trainings on one base
 
 
 @contextlib.contextmanager
@@ -264,7 +171,6 @@ def sft_arguments(path: str, training: Any, folder: Path) -> Any:
 def run_sft(work: Work) -> Path:
     """Stage 1: the folder of the SFT adapter."""
     from accelerate.utils import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import SFTTrainer
 
     from trl_ext.roles import lora_config
@@ -277,13 +183,14 @@ def run_sft(work: Work) -> Path:
     if done(folder, facts):
         work.show("SFT is there.")
         return folder
+    begin(folder, facts)
     work.show(f"SFT on {len(work.demonstrations or ()):,} demonstrations ...", flush=True)
     set_seed(work.training.seed)
     with lent(work.base):
         trainer: Any = SFTTrainer(
             model=work.base,
             args=sft_arguments(work.recipe.sft_config, work.training, folder),
-            train_dataset=work.demonstrations,
+            train_dataset=with_template_options(work.demonstrations, work.training.chat_template_kwargs),
             processing_class=work.tokenizer,
             peft_config=fresh_adapter(work.given, work.model_args) or lora_config("CAUSAL_LM"),
         )
@@ -291,14 +198,36 @@ def run_sft(work: Work) -> Path:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         show_progress(trainer, {"loss": "loss"})
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+        trainer.train(resume_from_checkpoint=sft_checkpoint(work, folder))
         trainer.model.save_pretrained(str(folder))
         trainer.model.unload()
     finish(folder, facts)
     return folder
 
 
+def with_template_options(rows: Any, options: Any) -> Any:
+    """Demonstrations with the run's options of the chat template, in the column where TRL's SFTTrainer reads them."""
+    if not options or "chat_template_kwargs" in rows.column_names:
+        return rows
+    return rows.add_column("chat_template_kwargs", [options] * len(rows))
+
+
+def sft_checkpoint(work: Work, folder: Path) -> str | None:
+    """The newest whole checkpoint of the SFT stage; newer ones that are torn are named."""
+    path, torn, _ = newest_whole(folder)
+    for each, problem in torn.items():
+        work.show(f"SFT: {each.name} was passed over: {problem}")
+    return None if path is None else str(path)
+
+
 # ---------------------------------------------------------------------- 2. reward models
+
+
+def reward_settings(recipe: Any, training: Any) -> dict[str, Any]:
+    """Options of the reward models: of the yaml file over those of the run, which are its lengths and its memory."""
+    longest = recipe.max_prompt_length + training.max_completion_length
+    options = {"max_length": longest, "gradient_checkpointing": training.gradient_checkpointing}
+    return options | reward_options(recipe.reward_config) | {"chat_template_kwargs": training.chat_template_kwargs}
 
 
 def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Sequence[Path]) -> list[Path]:
@@ -314,15 +243,19 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
 
     folder, path = work.round(number) / "reward", work.recipe.reward_config
     preferences = join_datasets(sets)
-    facts = model_facts(work) | {"options": read_config(path, "--reward_config"), "members": work.recipe.members}
-    facts |= data_facts("preferences", preferences) | {"starts": [digest(each) for each in starts]}
+    options = reward_settings(work.recipe, work.training)
+    compared = {name: value for name, value in options.items() if name not in MAY_CHANGE["memory"]}
+    facts = model_facts(work) | {"options": compared, "members": work.recipe.members}
+    facts |= data_facts("preferences", preferences) | data_facts("test_pairs", work.test_pairs)
+    facts["starts"] = [digest(each) for each in starts]
     members = [folder / f"member_{k + 1}" for k in range(work.recipe.members)]
     if done(folder, facts) and all(map(is_trained, members)):
         work.show(f"Round {number}: reward models are there.")
         return members
+    begin(folder, facts)
     work.show(f"Round {number}: {len(members)} reward models on {len(preferences):,} pairs ...", flush=True)
     seed = work.training.seed + 1000 * (number - 1)
-    args = reward_arguments(path, **machine_of(work.training) | {"output_dir": str(folder), "seed": seed})
+    args = reward_arguments(path, **options | machine_of(work.training) | {"output_dir": str(folder), "seed": seed})
     model = fresh_reward_model(work.base, work.model_args)
 
     def make_trainer(model: Any, args: Any) -> Any:
@@ -332,6 +265,8 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
 
     accuracies = []
     for trainer in train_ensemble(model, args, [seed + k for k in range(len(members))], make_trainer, starts):
+        if not accuracies:
+            work.show(trainer.reports[TRAINING])
         accuracies.append(float(trainer.evaluate_pairs()["accuracy"]))
         work.show(f"reward model {len(accuracies)}: test accuracy {accuracies[-1]:.3f}")
         trainer.save_model()
@@ -377,7 +312,8 @@ def run_ppo(work: Work, number: int, start: Path, critic: Path | None, rewards: 
     facts = model_facts(work) | {"options": options | length, "adapters": [digest(each) for each in adapters]}
     facts |= data_facts("prompts", work.prompts)
     if done(folder, facts):
-        work.show(f"Round {number}: the policy is there.")
+        why = ended_early(folder)
+        work.show(f"Round {number}: the policy is there." + (f" It ended before its last step: {why}" if why else ""))
         return folder
     work.show(f"Round {number}: PPO-Max ...", flush=True)
     set_seed(args.seed)
@@ -397,11 +333,16 @@ def run_ppo(work: Work, number: int, start: Path, critic: Path | None, rewards: 
         )
         shown = {"reward": "reward", "rewards/gold_reward/mean": "gold", "kl": "kl"}
         show_progress(trainer, shown | {"explained_variance": "critic"})
+        base = {"model_name_or_path": work.model_args.model_name_or_path or str(work.base.name_or_path)}
+        kept = keep_prompts(work.folder, work.prompts, work.held_out)
+        trainer.recorder.options = options_of(work.model_args) | base | kept
+        why = None
         try:
             trainer.train(resume_from_checkpoint=trainer.own_checkpoint())
         except RunStoppedError as error:  # with a sound policy
-            work.show(f"Round {number}: PPO-Max has ended before its last step: {error}")
+            why = str(error)
+            work.show(f"Round {number}: PPO-Max has ended before its last step: {why}")
         trainer.save_model()
         trainer.model.unload()
-    finish(folder, facts)
+    finish(folder, facts, why)
     return folder
