@@ -255,7 +255,7 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
         show_progress(trainer, {"loss": "loss", "accuracy": "accuracy"})
         return trainer
 
-    accuracies = []
+    accuracies: list[float] = []
     for trainer in train_ensemble(model, args, [seed + k for k in range(len(members))], make_trainer, starts):
         if not accuracies:
             work.show(trainer.reports[TRAINING])
