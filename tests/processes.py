@@ -81,6 +81,6 @@ def _wait(started: list[Any], timeout: float) -> None:
             time.sleep(1)  # the others may be about to say the same
             for process in started:
                 process.kill()
-        started[0].join(0.05)
+        time.sleep(0.05)
     for process in started:
         process.join()

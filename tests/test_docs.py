@@ -37,10 +37,10 @@ def test_the_readme_gives_the_two_commands_and_ci_runs_the_second(repo_root: Pat
     assert "pip install -e . -c constraints.txt && trl-ext ppo-max" in readme
     assert "accelerate launch recipes/ppo_max.py" in readme
     assert 'pip install -e ".[test]" -c constraints.txt && pytest' in readme
-    assert re.search(r"^pytest$|^.*\bpytest\b", (repo_root / ".ci" / "run").read_text(), flags=re.M)
+    assert re.search(r"^[^#\n]*\bpytest\b", (repo_root / ".ci" / "run").read_text(), flags=re.M)
 
 
-def test_every_option_of_ours_is_documented_and_no_other(repo_root: Path) -> None:
+def test_every_option_of_ours_is_documented(repo_root: Path) -> None:
     from trl import RLOOConfig
 
     ours = {f.name for f in dataclasses.fields(PPOMaxConfig)} - {f.name for f in dataclasses.fields(RLOOConfig)}

@@ -105,7 +105,7 @@ def test_flags_and_settings_in_sentences_are_those_of_some_command(monkeypatch: 
         ("trlext ppo-max", "knows no program"),
     ],
 )
-def test_a_command_that_is_wrong_is_found(command: str, wrong: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_command_that_is_wrong_is_found(command: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((AssertionError, ValueError, SystemExit)) as found:
         Commands(ROOT, monkeypatch).check(command)
     assert wrong in repr(found.value)

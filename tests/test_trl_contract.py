@@ -279,7 +279,7 @@ def test_continuous_batching_casts_the_model_by_the_arguments_and_leaves_it_in_t
     assert source.count("args.bf16") == source.count("args.fp16") == 1
 
 
-def test_vllm_is_sent_the_base_with_the_adapter_merged_and_all_that_is_no_lora(tmp_path):
+def test_vllm_is_sent_the_base_with_the_adapter_merged_and_all_that_is_no_lora():
     """The reason that `use_vllm` is refused. Once TRL sends adapters instead, look at `PPOMaxConfig` again."""
     sync = VLLMGeneration.__new__(VLLMGeneration)
     sync.model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))

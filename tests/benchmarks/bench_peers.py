@@ -19,6 +19,7 @@ from methods import BATCH, METHODS, NAMES, run
 LAST = 320 // BATCH
 # Rate and beta, close to each other where the KL ends near 7
 SMALL = [(5e-4, 0.01), (1e-3, 0.01), (1e-3, 0.02), (1e-3, 0.03), (3e-3, 0.02), (3e-3, 0.03), (3e-3, 0.1), (6e-3, 0.03)]
+SMALL += [(3e-3, 0.01), (6e-3, 0.01)]  # beyond it
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "rloo": [{"rate": rate, "settings": {"beta": beta, "num_generations": 4}} for rate, beta in SMALL],
     "grpo": [{"rate": rate, "settings": {"beta": beta, "num_generations": 8}} for rate, beta in SMALL],

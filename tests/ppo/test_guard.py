@@ -267,7 +267,7 @@ def run(world: Path, folder: Path, **options):
     return tiny.trainer(world, folder, model=str(world / "base"), peft_config=tiny.lora(), **options)
 
 
-def test_a_run_with_a_broken_reward_stops_with_its_last_good_policy(world, tmp_path, caplog) -> None:
+def test_a_run_with_a_broken_reward_stops_with_its_last_good_policy(world, tmp_path) -> None:
     trainer = run(world, tmp_path, reward_funcs=Poison(8))
     seen = {}
     trainer.watch.snapshots["good"].take, take = (

@@ -465,7 +465,7 @@ def test_the_coefficient_of_the_kl_in_the_loss_follows_the_kl_of_the_update(worl
     assert set(factors) != {1}
 
 
-def test_the_target_of_the_penalty_sinks_with_that_of_the_update(world, tmp_path):
+def test_the_target_of_the_penalty_sinks_with_that_of_the_update(tmp_path):
     args = tiny.config(tmp_path, policy_objective="kl_penalty")
     state = PPOState.of_run(args)
     target = args.update_kl_target

@@ -176,7 +176,7 @@ def test_a_run_in_two_turns_trains_and_counts_the_policy_s_tokens(world, tmp_pat
     assert entry["completions/truncated_ratio"] == 0.0
 
 
-def test_a_server_does_not_take_turns(world, tmp_path):
+def test_a_server_does_not_take_turns(tmp_path):
     with pytest.raises(ValueError, match="rollout_func and vllm_server_url"):
         tiny.trainer(
             None, tmp_path, model="nowhere/at-all", rollout_func=lambda *_: {}, vllm_server_url="http://localhost:8000"

@@ -181,7 +181,7 @@ def test_length_bias_by_hand():
     assert results["length_within_pair"] == pytest.approx(1 / 4)
 
 
-def test_a_model_of_length_shows_as_one(scores):
+def test_a_model_of_length_shows_as_one():
     lengths = [torch.arange(1, 501), torch.arange(500, 0, -1) * 2]
     results = length_bias(lengths[0].log(), lengths[1].log(), *lengths)
     assert results["length_spearman"] == pytest.approx(1)

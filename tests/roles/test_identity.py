@@ -97,7 +97,7 @@ def test_another_model_type_is_another_base(make_base, make_adapter, tmp_path):
         load_on(tmp_path / "base", tmp_path / "policy")
 
 
-def test_a_checkpoint_of_another_base_is_not_resumed(make_base, make_adapter, tmp_path):
+def test_a_checkpoint_of_another_base_is_not_resumed(make_base, tmp_path):
     SharedBaseModel(make_base()).save_pretrained(str(tmp_path))
     other = SharedBaseModel(make_base(seed=1))
     with pytest.raises(ValueError, match="the policy adapter: it was trained on other weights"):

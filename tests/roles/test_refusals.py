@@ -117,7 +117,7 @@ def test_weights_that_are_not_finite(folders, value):
         load(folders, reward_adapter=folders / "reward")
 
 
-def test_a_reward_adapter_without_a_head(folders, make_base):
+def test_a_reward_adapter_without_a_head(folders):
     with refused(r"reward_adapter.*num_labels=1"):
         load(folders, reward_adapter=folders / "policy")
 

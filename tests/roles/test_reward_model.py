@@ -20,7 +20,6 @@ GROUPS = [  # prompts of 2 and 4 tokens; three responses and two
 ]
 STARTS = [[2] * 3, [4] * 2]
 SEQUENCES = [ids for group in GROUPS for ids in group]
-RESPONSE_STARTS = [start for group in STARTS for start in group]
 
 
 def config(**options):

@@ -20,7 +20,7 @@ def test_defaults_are_the_papers_loss_offline(tmp_path):
     assert args.remove_unused_columns is False
 
 
-def test_every_field_of_its_own_has_help(tmp_path):
+def test_every_field_of_its_own_has_help():
     inherited = set(RRHFConfig.__mro__[1].__dataclass_fields__)
     own = {name: field for name, field in RRHFConfig.__dataclass_fields__.items() if name not in inherited}
     assert len(own) >= 18

@@ -116,7 +116,7 @@ def test_a_page_names_flags_that_there_are_with_their_defaults(name: str, monkey
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_examples_of_a_page_parse(name: str, monkeypatch) -> None:
+def test_the_examples_of_a_page_parse(name: str) -> None:
     page = COMMANDS[name].page
     assert page is not None
     module = importlib.import_module(COMMANDS[name].module)
@@ -209,7 +209,7 @@ def test_on_one_device_the_command_runs_in_this_process(started, monkeypatch) ->
     assert started == []
 
 
-def test_several_devices_flags_or_a_file_of_accelerate_start_its_launcher(started, monkeypatch, tmp_path: Path) -> None:
+def test_several_devices_flags_or_a_file_of_accelerate_start_its_launcher(started, monkeypatch) -> None:
     monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: 8)
     assert not launching.launch("ppo-max", ["--beta=0.1"])
     monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: 1)

@@ -106,7 +106,7 @@ def test_answers_of_another_base_are_not_this_ones(world, tmp_path):
             answered(*more)
 
 
-def test_a_base_is_known_by_its_numbers_commit_and_quantisation(world, tmp_path):
+def test_a_base_is_known_by_its_numbers_commit_and_quantisation(world):
     base = models.load_base(str(world / "base"))
     facts = models.facts_of_base(base)
     assert facts["base"] == str((world / "base").resolve())

@@ -113,7 +113,7 @@ def test_a_plan_passes_over_what_only_a_run_needs(tmp_path: Path) -> None:
     assert plan.max_completion_length == 7
 
 
-def test_a_flag_of_lora_makes_a_fresh_adapter_of_that_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flag_of_lora_makes_a_fresh_adapter_of_that_rank() -> None:
     for recipe in (ppo_max, rrhf):
         *_, model_args, given = recipe.parse([*POLICY, "--lora_r=3"])
         config = fresh_adapter(given, model_args)

@@ -414,7 +414,7 @@ def test_the_base_computes_as_before_when_a_trainer_is_done_with_it():
         def forward(self):
             return "plain"
 
-        def gradient_checkpointing_disable(self):
+        def activation_checkpointing_disable(self):
             self.checkpointing = False
 
         def requires_grad_(self, on):

@@ -61,7 +61,6 @@ class Ahead:
         tensors = {
             "prompts": torch.tensor([i for prompt in self.prompts for i in prompt.ids], dtype=torch.int64),
             "prompt_lengths": torch.tensor([len(prompt.ids) for prompt in self.prompts]),
-            "seeds": torch.tensor([prompt.seed for prompt in self.prompts]),
             "completions": torch.tensor([i for each in completions for i in each.ids], dtype=torch.int64),
             "completion_lengths": torch.tensor([len(each.ids) for each in completions]),
             "logps": torch.tensor([logp for each in completions for logp in each.logps], dtype=torch.float64),
@@ -82,8 +81,7 @@ class Ahead:
             prompts = _cut(columns["prompts"], columns["prompt_lengths"])
             ids = _cut(columns["completions"], columns["completion_lengths"])
             logps = _cut(columns["logps"], columns["completion_lengths"])
-            seeds = columns["seeds"]
-            asked = [Prompt(tuple(prompt), 1, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+            asked = [Prompt(tuple(prompt), 1, 0) for prompt in prompts]  # nothing is asked for again
             found = [[Completion(*each)] for each in zip(ids, logps, strict=True)]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(

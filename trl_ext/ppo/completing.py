@@ -1,6 +1,7 @@
 """How PPO-Max gets its completions: from the model itself, or from a vLLM server, and what the server's way costs."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,10 +111,7 @@ class CompletesPrompts(Trainer):
         if self.vllm_generation is None:
             return {}
         args, mask = self.args, rollout.completion_mask.bool()
-        theirs = torch.zeros(mask.shape)
-        for i, logps in enumerate(self.vllm_generation.logps):
-            theirs[i, : len(logps)] = torch.tensor(logps)
-        theirs = rollout.sampler_logps = theirs.to(rollout.logps.device)
+        theirs = rollout.sampler_logps = beside(rollout, self.vllm_generation.logps)
         cut = args.vllm_importance_sampling_clip_max
         weights = importance_weights(rollout.logps, theirs, mask, cut)
         if args.vllm_importance_sampling_correction:
@@ -158,3 +156,11 @@ class CompletesPrompts(Trainer):
             "with the --dtype of this run, or raise vllm_max_logp_difference; or somebody has changed what it serves: "
             "restart it, and the run with resume_from_checkpoint."
         )
+
+
+def beside(rollout: Rollout, logps: Sequence[Sequence[float]]) -> Tensor:
+    """What sampled the completions of a rollout gave for each of their tokens, (B, T), 0 behind their ends."""
+    padded = torch.zeros(rollout.completion_mask.shape)
+    for i, row in enumerate(logps):
+        padded[i, : len(row)] = torch.tensor(row)
+    return padded.to(rollout.logps.device)

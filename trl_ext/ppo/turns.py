@@ -15,10 +15,10 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import torch
 from transformers import Trainer
 
 from trl_ext.generation.from_trl import Completions
+from trl_ext.ppo.completing import beside
 from trl_ext.ppo.rollout import Rollout
 
 RolloutFunction: TypeAlias = Callable[[list[Any], Any], dict[str, Any]]
@@ -47,7 +47,7 @@ def check_rollout(output: Any, prompts: int, longest: int) -> dict[str, Any]:
                 )
     for i, row in enumerate(output["logprobs"] or ()):
         own = (output.get("env_mask") or {i: [1] * len(row)})[i]
-        given = [x[0] if isinstance(x, list | tuple) else x for x, mine in zip(row, own, strict=True) if mine]
+        given = [_number(x) for x, mine in zip(row, own, strict=True) if mine]
         if not all(isinstance(x, int | float) and math.isfinite(x) for x in given):
             raise ValueError(
                 f"rollout_func: logprobs of completion {i} are not finite where the policy wrote: {given}."
@@ -62,6 +62,11 @@ def check_rollout(output: Any, prompts: int, longest: int) -> dict[str, Any]:
                 f"one at least and max_completion_length={longest} at most. Raise that, or end sooner."
             )
     return output
+
+
+def _number(logprob: Any) -> Any:
+    """Of an engine each may be a list, of which the first is that of the token."""
+    return logprob[0] if isinstance(logprob, list | tuple) else logprob
 
 
 class Rolled:
@@ -111,10 +116,7 @@ class TakesTurns(Trainer):
         """As that of `CompletesPrompts`; `logprobs` of a `rollout_func` are `sampler_logps`, which "dis" reads."""
         given = None if self._rolled is None else self._rolled["logprobs"]
         if given is not None:
-            sampled = torch.zeros(rollout.completion_mask.shape)
-            for i, row in enumerate(given):
-                sampled[i, : len(row)] = torch.tensor([x[0] if isinstance(x, list | tuple) else x for x in row])
-            rollout.sampler_logps = sampled.to(rollout.logps.device)
+            rollout.sampler_logps = beside(rollout, [list(map(_number, row)) for row in given])
         return super().compare_with_sampler(rollout)  # type: ignore[misc]
 
     def env_mask(self) -> list[list[int]] | None:

@@ -139,7 +139,7 @@ def whole_card(
         lines += ["## Before and after", "", *before_and_after(found), ""]
     else:
         lines += ["## Evaluation", "", *evaluation, ""]
-    if facts.folder is not None and (facts.folder / CURVE).is_file():
+    if _has(facts.folder, CURVE):
         lines += [f"![learning curve]({CURVE})", ""]
     lines += ["## How it was trained", "", *how(facts, reward), ""]
     lines += ["### Options", "", *options_table(facts.args, kind.matters), ""]

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.report.curves import Point, draw_points, short, write_points
-from trl_ext.report.intervals import FEWEST, RESAMPLES, Change, changes
+from trl_ext.report.intervals import FEWEST, KL, RESAMPLES, Change, changes
 from trl_ext.report.lines import Line, as_json, write_whole
 from trl_ext.report.loading import RunFiles, is_number
 from trl_ext.report.page import LONGEST, MOST_RUNS, SHOWN, cut, environment, figures
 from trl_ext.report.samples import text_of
 
 REFERENCE = "reference"
-REWARD, KL = "reward", "KL from the reference, nats"
+REWARD = "reward"
 REWARDS = ("reward_funcs", "reward adapter")  # in `run.json`: what has scored
 
 

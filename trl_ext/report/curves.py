@@ -246,14 +246,19 @@ def reward_against_kl(runs: Sequence[RunFiles]) -> Drawn | None:
             legend.append(Legend(r % 6, 0, True, f"{run.name}: {label}" if len(runs) > 1 else label))
     if not legend:
         return None
-    _plain(axis)
-    axis.xaxis.set_major_locator(MaxNLocator(6))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axis.set(xlabel="KL from the reference, nats a completion", ylabel="reward")
     caption = (
         "What was gained, and how far the policy had to go for it. Better runs are up and to the left. Reward that "
         "grows slower than the square root of the KL has little left to find."
     )
+    return _over_kl(figure, axis, caption, legend)
+
+
+def _over_kl(figure: Figure, axis: Axes, caption: str, legend: list[Legend]) -> Drawn:
+    """The axes of reward over KL, and the picture with its caption."""
+    _plain(axis)
+    axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axis.set(xlabel="KL from the reference, nats a completion", ylabel="reward")
     panel = Panel("Reward against KL", {}, caption)
     return Drawn(panel, svg_text(figure, f"{panel.title}: {caption}"), legend, [])
 
@@ -274,19 +279,13 @@ def draw_points(points: Sequence[Point]) -> Drawn | None:
     if not points:
         return None
     figure, axis = _figure(WIDE)
-    colors = [INK, *SERIES]
-    _points(axis, points, colors)
-    _plain(axis)
-    axis.xaxis.set_major_locator(MaxNLocator(6))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axis.set(xlabel="KL from the reference, nats a completion", ylabel="reward")
+    _points(axis, points, [INK, *SERIES])
     caption = (
         "What each policy gained, and how far it went for it; lines are 95 % intervals over the prompts, the cross is "
         "the reference. Better policies are up and to the left."
     )
     legend = [Legend((i - 1) % 6, 0, True, point.name) for i, point in enumerate(points) if i]
-    panel = Panel("Reward against KL", {}, caption)
-    return Drawn(panel, svg_text(figure, f"{panel.title}: {caption}"), legend, [])
+    return _over_kl(figure, axis, caption, legend)
 
 
 def write_points(points: Sequence[Point], path: Path) -> None:

@@ -20,6 +20,7 @@ from trl_ext.report.samples import pair_shares, text_of
 RESAMPLES, SEED = 2000, 0
 SHARE = 0.95
 FEWEST = 8  # prompts, below which an interval would say more than is known
+KL = "KL from the reference, nats"  # a figure's name, by which it is found
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def changes(before: Mapping[str, Line], after: Mapping[str, Line]) -> list[Chang
     if len(names) > 1:
         for name in (name for name in names if name != "reward"):
             found += column(name, lambda row, name=name: (row.get("rewards") or {}).get(name), True)  # type: ignore[misc]
-    found += column("KL from the reference, nats", lambda row: row.get("kl"), None)
+    found += column(KL, lambda row: row.get("kl"), None)
     found += column("length, tokens", lambda row: row.get("tokens"), None)
     found += column("share cut by the length limit", lambda row: _share(row.get("truncated")), False)
     texts = [[text_of(rows[key].get("completion")) for key in keys] for rows in (before, after)]

@@ -95,15 +95,11 @@ def load_run(folder: str | Path) -> RunFiles:
     samples = _lines(run, SAMPLES, "There are no samples, and no intervals before and after.")
     run.evaluations = latest_of(samples)
     run.training = [line for line in samples if line.get("kind") == "training"]
-    run.pairs = [line for line in samples if line.get("kind") == "pair" and is_number(_lead(line))]
+    scores = ("chosen_score", "rejected_score")
+    run.pairs = [p for p in samples if p.get("kind") == "pair" and all(is_number(p.get(name)) for name in scores)]
     if run.info.get("outcome") == "running":
         run.notes.append("The run has not written its end: it is going on, or it was killed.")
     return run
-
-
-def _lead(pair: Line) -> float | None:
-    scores = pair.get("chosen_score"), pair.get("rejected_score")
-    return scores[0] - scores[1] if all(map(is_number, scores)) else None  # type: ignore[operator]
 
 
 def _info(run: RunFiles) -> dict[str, Any]:

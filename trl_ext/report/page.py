@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 
 from trl_ext.report.curves import draw, reward_against_kl, short
-from trl_ext.report.intervals import RESAMPLES, Change, changes
+from trl_ext.report.intervals import KL, RESAMPLES, Change, changes
 from trl_ext.report.lines import Line, write_whole
 from trl_ext.report.loading import RunFiles, is_number, load_run
 from trl_ext.report.panels import panels_of
@@ -162,7 +162,7 @@ def last_values(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     return found
 
 
-TILES = {"reward": "reward, held-out", "KL from the reference, nats": "KL, nats"}
+TILES = {"reward": "reward, held-out", KL: "KL, nats"}
 
 
 def tiles(run: RunFiles, found_changes: Sequence[Change]) -> list[tuple[str, str, str]]:

@@ -1,7 +1,7 @@
 """The curves of a report: which metrics each shows, what it is, and where it is healthy (docs/tuning.md)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Band = tuple[float | None, float | None]
@@ -264,7 +264,7 @@ def panels_of(method: str, names: set[str], configuration: Mapping[str, Any]) ->
                 del series[whole]
         evaluated = {name: label for name, label in panel.evaluated.items() if name in names}
         if series or evaluated:
-            found.append(_with(panel, series, evaluated))
+            found.append(replace(panel, series=series, evaluated=evaluated))
     return found
 
 
@@ -279,8 +279,3 @@ def watched_rewards(names: set[str], configuration: Mapping[str, Any]) -> list[P
     healthy = "All rise. One that is only watched falls while the reward rises: the reward is exploited."
     evaluated = {f"eval_{name}": f"{label}, held-out prompts" for name, label in parts.items()}
     return [Panel("Each reward", parts, caption, healthy, evaluated=evaluated)] if parts else []
-
-
-def _with(panel: Panel, series: Mapping[str, str], evaluated: Mapping[str, str]) -> Panel:
-    kept = {name: getattr(panel, name) for name in Panel.__dataclass_fields__}
-    return Panel(**kept | {"series": series, "evaluated": evaluated})

@@ -1,7 +1,6 @@
 """RRHF on transformers' `Trainer`: one loss, responses packed behind their prompt, and sampling online."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -264,7 +263,7 @@ class RRHFTrainer(RoleTrainer):
 
     def _card(self, *named: Any) -> str:
         others = [name for name, role in self.model.adapters.items() if role is not Role.POLICY]
-        sources = [f"`{Path(name.split()[0]).name}`" for name in self.identity.facts.get("reward_funcs", [])]
+        sources = [] if self.sampler is None else [f"`{name}`" for name in self.sampler.scorer.sources.names]
         if self.model.has_role(Role.REWARD):
             sources.insert(0, f"a reward adapter on the same base, weight {self.args.reward_role_weight:g}")
         return model_card(self.card_facts(*named), others, sources)

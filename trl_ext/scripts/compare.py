@@ -8,7 +8,6 @@ prompts or rewards are named, or an adapter is of no run, all policies answer th
 evaluate. Differences are measured in pairs, on answers to the same prompt.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -19,6 +18,7 @@ from trl import ModelConfig
 
 from trl_ext.report.comparison import REFERENCE
 from trl_ext.report.loading import load_run
+from trl_ext.roles.adapters import WEIGHTS_FILE
 from trl_ext.scripts.arguments import PromptArguments
 from trl_ext.scripts.evaluate_policy import show_results
 from trl_ext.scripts.evaluating import (
@@ -29,11 +29,11 @@ from trl_ext.scripts.evaluating import (
     parse_evaluation,
 )
 from trl_ext.scripts.finished_runs import check_no_run, in_world, is_run, names_of
+from trl_ext.scripts.held_out import prompt_key
 from trl_ext.scripts.inputs import load_prompts
 from trl_ext.scripts.parsing import Given
 from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries, without_traceback
 
-WEIGHTS = "adapter_model.safetensors"
 WORLD = ("world_scale", "world_seed", "seed")  # by these a run in the embedded world has its prompts
 
 
@@ -76,9 +76,9 @@ def check_same_start(policies: list[str], reference: str | None) -> None:
     Raises:
         ValueError: One that did not, and what to do.
     """
-    own = Path(str(reference)) / WEIGHTS
+    own = Path(str(reference)) / WEIGHTS_FILE
     for each in policies:
-        theirs = Path(each) / REFERENCE / WEIGHTS
+        theirs = Path(each) / REFERENCE / WEIGHTS_FILE
         if not theirs.is_file() and not is_run(each):
             continue
         if theirs.is_file() != own.is_file() or (theirs.is_file() and theirs.read_bytes() != own.read_bytes()):
@@ -105,14 +105,15 @@ def check_not_trained_on(policies: list[str], recipe: Any, prompts: Sequence[Any
     Raises:
         ValueError: One was.
     """
-    asked, notes = [_key(prompt) for prompt in prompts], []
-    first = load_run(policies[0]).configuration if is_run(policies[0]) else {}
+    asked, notes = [prompt_key(prompt) for prompt in prompts], []
+    configurations = {each: load_run(each).configuration for each in policies if is_run(each)}
+    first = configurations.get(policies[0], {})
     for each in policies:
         unknown = f"Whether {each} was trained on these prompts is not known"
-        if not is_run(each):
+        if each not in configurations:
             notes.append(f"{unknown}: it is of no run.")
             continue
-        known = load_run(each).configuration
+        known = configurations[each]
         own = PromptArguments(**{name: known[name] for name in PROMPTS if known.get(name) is not None})
         if all(getattr(own, name) == getattr(recipe, name) for name in PROMPTS) and (
             own.dataset_name is not None or same_world(known, first, recipe)
@@ -126,7 +127,7 @@ def check_not_trained_on(policies: list[str], recipe: Any, prompts: Sequence[Any
         except (OSError, ValueError) as error:
             notes.append(f"{unknown}: {own.dataset_name} cannot be read any more ({error}).")
             continue
-        trained = {_key(prompt) for prompt in train["prompt"]}
+        trained = {prompt_key(prompt) for prompt in train["prompt"]}
         seen = sum(key in trained for key in asked)
         if seen:
             raise ValueError(
@@ -140,10 +141,6 @@ def same_world(known: dict[str, Any], other: dict[str, Any], recipe: Any) -> boo
     """Whether two runs were in the same embedded world, and so have its prompts in the same way."""
     same = all(known.get(name) == other.get(name) for name in WORLD)
     return same and in_world(known, recipe) and in_world(other, recipe)
-
-
-def _key(prompt: Any) -> str:
-    return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
 
 
 @without_traceback()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from trl import ModelConfig
@@ -19,14 +18,14 @@ from trl import ModelConfig
 from trl_ext import PPOMaxConfig, RRHFConfig
 from trl_ext.ops.ensemble import ENSEMBLE_MODES, check_weights
 from trl_ext.report.comparison import REFERENCE, Policy
-from trl_ext.report.evaluation import answered, encoder_of, sample_lines
+from trl_ext.report.evaluation import answered, sample_lines
 from trl_ext.report.loading import load_run
 from trl_ext.report.samples import keyed
 from trl_ext.rrhf import SamplingConfig
 from trl_ext.scripts.arguments import BASE, LORA, PPOArguments, check_model_flags
 from trl_ext.scripts.finished_runs import in_world, is_run, reward_folders
 from trl_ext.scripts.inputs import first_prompts, load_prompts, load_reward_functions
-from trl_ext.scripts.models import base_options, config_options, quantization_of, tokenizer_of
+from trl_ext.scripts.models import base_options, config_options, placed, quantization_of, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given
 
 NONE = "none"
@@ -305,7 +304,7 @@ def check_room(setting: Setting) -> None:
     positions = max_positions(load_base_config(name, **config_options(setting.model_args, recipe)))
     if positions is None:
         return
-    encoder = encoder_for(setting, load_generation_config(name))
+    encoder = encoder_for(setting, load_generation_config(name, **config_options(setting.model_args, recipe)))
     lengths = encoder.prompt_lengths(setting.prompts["prompt"])
     row = max(range(len(lengths)), key=lengths.__getitem__)
     needed = lengths[row] + recipe.max_new_tokens + encoder.added_length(setting.prompts[row]["prompt"])
@@ -326,26 +325,25 @@ def evaluated(setting: Setting, adapters: Sequence[tuple[str, str]]) -> list[Pol
     Returns:
         The reference, then the policies; whole on every process.
     """
-    from trl_ext.roles import Role
+    from trl_ext.roles import Role, swap_policy
 
     found: list[Policy] = []
     model: Any = None
     for name, adapter in adapters:
-        model = policy_model(setting, adapter, model)
+        if model is None or not swap_policy(model, adapter):
+            model = None  # freed before the next one is loaded
+            gc.collect()
+            model = policy_model(setting, adapter)
         if not found:
             found.append(Policy(REFERENCE, answers(setting, model, REFERENCE, Role.REFERENCE)))
         found.append(Policy(name, answers(setting, model, name, Role.POLICY)))
     return found
 
 
-def policy_model(setting: Setting, adapter: str, model: Any = None) -> Any:
-    """The base with a tuned policy, its reference and the reward role; `model` with another policy where that fits."""
-    from trl_ext.roles import swap_policy, tuned_policy
+def policy_model(setting: Setting, adapter: str) -> Any:
+    """The base with a tuned policy, its reference and the reward role, where this process computes."""
+    from trl_ext.roles import tuned_policy
 
-    if model is not None and swap_policy(model, adapter):
-        return model
-    del model
-    gc.collect()
     recipe, model_args = setting.recipe, setting.model_args
     rewards: Any = recipe.reward_adapter
     loaded = tuned_policy(
@@ -356,9 +354,7 @@ def policy_model(setting: Setting, adapter: str, model: Any = None) -> Any:
         quantization_of(model_args),
         **base_options(model_args, recipe),
     )
-    if torch.cuda.is_available() and not getattr(loaded.get_base_model(), "is_quantized", False):
-        return loaded.to(PartialState().device)
-    return loaded
+    return placed(loaded)
 
 
 def answers(setting: Setting, model: Any, name: str, role: Any) -> dict[str, Any]:
@@ -366,7 +362,7 @@ def answers(setting: Setting, model: Any, name: str, role: Any) -> dict[str, Any
     from trl_ext.scoring import ResponseScorer
 
     recipe, state = setting.recipe, PartialState()
-    encoder = encoder_of(model, encoder_for(setting, model.generation_config))
+    encoder = encoder_for(setting, model.generation_config)
     scorer = ResponseScorer(
         model,
         encoder,

@@ -12,7 +12,7 @@ OWN_REWARD = "reward"  # folders of a run's reward adapters: reward, reward_2, .
 
 def is_run(folder: str) -> bool:
     """Whether a folder is one that a training has written itself down in."""
-    return (Path(folder) / "run.json").is_file()
+    return (Path(folder) / RUN).is_file()
 
 
 def reward_folders(folder: Path) -> list[Path]:

@@ -216,7 +216,7 @@ def load_preference_splits(
         train, report = deduplicate(train, test)
         show(report)
         if not len(train):
-            raise ValueError("every training row is in the test set too: name other --dataset_test_name rows.")
+            raise ValueError("every training row is in the test set too: name other rows to test on.")
     return train, test
 
 

@@ -212,8 +212,7 @@ def sides_of(recipe: JudgeArguments, model_args: ModelConfig, folder: Path) -> t
     from trl_ext.feedback.judge import read_answers
     from trl_ext.roles import read_adapter
     from trl_ext.scripts.inputs import check_prompt_rows
-    from trl_ext.scripts.models import load_placed_base, tokenizer_of
-    from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
+    from trl_ext.scripts.models import encoder_by_name, load_placed_base, tokenizer_of
 
     named = {side: getattr(recipe, f"policy_{side}") for side in "ab"}
     adapters = {side: check_policy(path) for side, path in named.items() if path is not None}
@@ -233,7 +232,7 @@ def sides_of(recipe: JudgeArguments, model_args: ModelConfig, folder: Path) -> t
         raise ValueError("--model_name_or_path is missing: the base, which no adapter names.")
     model_args.model_name_or_path = name
     tokenizer = tokenizer_of(model_args, recipe, padding_side="left")
-    encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, load_generation_config(name)))
+    encoder = encoder_by_name(tokenizer, model_args, recipe)
     base = load_placed_base(model_args, recipe)
     found = []
     for side in "ab":

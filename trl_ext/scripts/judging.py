@@ -45,7 +45,7 @@ class ModelJudge:
 # ---------------------------------------------------------------------- what must be there before a model is loaded
 
 
-def key_at(base_url: str | None, variable: str) -> str:
+def key_at(base_url: str | None, variable: str, flag: str = "--api_key_env") -> str:
     """The key of an endpoint, from the environment.
 
     Raises:
@@ -54,20 +54,28 @@ def key_at(base_url: str | None, variable: str) -> str:
     key = os.environ.get(variable, "").strip()
     if not key and (base_url is None or urlsplit(base_url).hostname not in HERE):
         raise ValueError(
-            f"the environment variable {variable} is not set: export the key there, or name another one with "
-            "--api_key_env."
+            f"the environment variable {variable} is not set: export the key there, or name another one with {flag}."
         )
     return key or "none"
 
 
-def model_judge_of(recipe: Any, kind: str) -> ModelJudge:
+def judge_kind(recipe: Any) -> str:
+    """Of the model that the flags of `trl-ext rlhf` name as judge."""
+    return "local" if recipe.judge == "local" else "endpoint"
+
+
+def model_judge_of(recipe: Any) -> ModelJudge:
     """The judge that the flags of `trl-ext rlhf` name."""
     return ModelJudge(
-        kind, str(recipe.judge_model), recipe.judge_prompt, recipe.judge_base_url, recipe.judge_api_key_env
+        judge_kind(recipe),
+        str(recipe.judge_model),
+        recipe.judge_prompt,
+        recipe.judge_base_url,
+        recipe.judge_api_key_env,
     )
 
 
-def check_model_judge(recipe: Any, kind: str) -> None:
+def check_model_judge(recipe: Any) -> None:
     """Check what a judge by a model needs.
 
     Raises:
@@ -80,8 +88,8 @@ def check_model_judge(recipe: Any, kind: str) -> None:
     if recipe.judge_model is None:
         raise ValueError("--judge_model is missing: the name at the endpoint, or the folder of a local chat model.")
     read_judge_prompt(recipe.judge_prompt)
-    if kind == "endpoint":
-        key_at(recipe.judge_base_url, recipe.judge_api_key_env)
+    if judge_kind(recipe) == "endpoint":
+        key_at(recipe.judge_base_url, recipe.judge_api_key_env, "--judge_api_key_env")
         if importlib.util.find_spec("openai") is None:
             raise ImportError(NEED_EXTRA)
     elif recipe.judge_base_url is not None:

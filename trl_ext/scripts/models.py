@@ -16,7 +16,7 @@ from trl_ext.roles import RewardModel, SharedBaseModel, load_base
 from trl_ext.roles.identity import record_of
 from trl_ext.scripts.arguments import LORA
 from trl_ext.scripts.parsing import Given
-from trl_ext.text import load_tokenizer
+from trl_ext.text import TextEncoder, end_token_ids, load_generation_config, load_tokenizer
 
 
 def quantization_of(model_args: Any, training: Any = None) -> Any:
@@ -55,6 +55,19 @@ def config_options(model_args: Any, training: Any = None) -> dict[str, Any]:
 def tokenizer_of(model_args: Any, training: Any = None, **options: Any) -> Any:
     """The tokenizer of the model that the flags name."""
     return load_tokenizer(model_args.model_name_or_path, **config_options(model_args, training), **options)
+
+
+def encoder_by_name(tokenizer: Any, model_args: Any, training: Any = None, template: Any = None) -> TextEncoder:
+    """Text to ids for the model that the flags name, which need not be loaded, nor trained: at its revision.
+
+    Args:
+        tokenizer: Of the model.
+        model_args: `ModelConfig`.
+        training: Of the run or command, for `trust_remote_code`.
+        template: `chat_template_kwargs`.
+    """
+    config = load_generation_config(str(model_args.model_name_or_path), **config_options(model_args, training))
+    return TextEncoder(tokenizer, end_token_ids(tokenizer, config), template)
 
 
 def fresh_adapter(given: Given, model_args: Any, task: str = "CAUSAL_LM") -> Any:
@@ -105,10 +118,11 @@ def placed(base: Any, device: Any = None) -> Any:
     A quantised one, and one that was loaded by a device map, stay where they are.
 
     Args:
-        base: Without adapters; what is put on it later goes where it is.
+        base: What is put on it later goes where it is; or with its roles.
         device: Default: accelerate's of this process.
     """
-    if getattr(base, "is_quantized", False) or getattr(base, "hf_device_map", None):
+    inner = base.get_base_model() if isinstance(base, SharedBaseModel) else base
+    if getattr(inner, "is_quantized", False) or getattr(inner, "hf_device_map", None):
         return base
     return base.to(PartialState().device if device is None else device)
 

@@ -20,7 +20,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,18 @@ from trl_ext.roles.adapters import WEIGHTS_FILE
 from trl_ext.scripts.arguments import PreferenceArguments, check_model_flags
 from trl_ext.scripts.held_out import keep_prompts, prompts_of_both
 from trl_ext.scripts.inputs import load_preference_splits
-from trl_ext.scripts.models import config_options, fresh_adapter, fresh_reward_model, load_causal_base, tokenizer_of
+from trl_ext.scripts.models import (
+    config_options,
+    encoder_by_name,
+    fresh_adapter,
+    fresh_reward_model,
+    load_causal_base,
+    tokenizer_of,
+)
 from trl_ext.scripts.parsing import FlagParser, Given, read_config
 from trl_ext.scripts.running import (
+    ANSWERED_AT_A_TIME,
+    answers,
     check_output_dir,
     checkpoint_to_resume,
     options_of,
@@ -47,7 +55,6 @@ from trl_ext.scripts.running import (
 )
 from trl_ext.scripts.tables import last_text, plot_run, print_table
 
-ANSWERED_AT_A_TIME = 32
 EXAMPLES, SHOWN = 5, 3
 JUDGEMENT = "judgement.json"
 
@@ -195,42 +202,6 @@ def tune(
 # ---------------------------------------------------------------------- 3. judgement
 
 
-def answers(trainer: Any, encoder: Any, prompts: Sequence[Any]) -> tuple[list[Any], ...]:
-    """Token ids of the prompts, and of an answer to each by the reference and by the policy, as they were generated.
-
-    Every prompt has random numbers of its own: the two policies differ by themselves alone. The main process calls it;
-    a vLLM server samples where the run's do.
-    """
-    from trl_ext import Role
-    from trl_ext.generation.seeded import generate_responses, prompt_generator
-
-    args = trainer.args
-    engine = None if trainer.vllm_generation is None else trainer.vllm_generation.engine
-    prompt_ids = [encoder.prompt_ids(prompt) for prompt in prompts]
-    written: list[list[list[int]]] = []
-    for role in (Role.REFERENCE, Role.POLICY):
-        responses: list[list[int]] = []
-        for start in range(0, len(prompts), ANSWERED_AT_A_TIME):
-            batch = prompt_ids[start : start + ANSWERED_AT_A_TIME]
-            with nullcontext() if engine is None else engine.alone():
-                groups = generate_responses(
-                    trainer.model,
-                    batch,
-                    [prompt_generator(args.seed, start + i) for i in range(len(batch))],
-                    1,
-                    args.max_completion_length or 1,
-                    eos_token_ids=encoder.end_ids,
-                    pad_token_id=encoder.pad_id,
-                    temperature=args.temperature,
-                    top_p=args.top_p,
-                    role=role,
-                    engine=engine,
-                )
-            responses += [group[0] for group in groups]
-        written.append(responses)
-    return prompt_ids, *written
-
-
 def judge_scores(judges: Any, encoder: Any, rows: Sequence[list[int]]) -> Any:
     """(N, M): what each of M reward adapters gives the sequences, read where it was trained to read."""
     import torch
@@ -360,16 +331,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     from trl_ext.ppo.data import check_inputs
     from trl_ext.roles import load_base_config, max_positions
-    from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
 
     check_output_dir(str(training.output_dir))
     resume = resume_of(recipe, training)
     set_seed(training.seed)
     train, test = load_preference_splits(recipe, training.seed, printer())
     tokenizer = tokenizer_of(model_args, training, truncation_side="left", padding_side="left")
-    options: Any = training.chat_template_kwargs
-    ends = end_token_ids(tokenizer, load_generation_config(str(model_args.model_name_or_path)))
-    encoder = TextEncoder(tokenizer, ends, options)
+    encoder = encoder_by_name(tokenizer, model_args, training, training.chat_template_kwargs)
     prompts = prompts_of_both(train, test, encoder, recipe.max_prompt_length, printer())
     config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
     check_inputs(training, encoder, max_positions(config), prompts[0], prompts[1], None, scored=True)

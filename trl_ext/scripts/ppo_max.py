@@ -13,7 +13,6 @@ Every option of PPOMaxConfig and of TRL's ModelConfig is a flag (`--help`); `--c
 """
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,13 @@ from trl_ext.scripts.arguments import (
 )
 from trl_ext.scripts.configs import CONFIGS
 from trl_ext.scripts.inputs import WORLD_DATA, first_prompts, load_prompts, load_reward_functions, toy_world
-from trl_ext.scripts.models import config_options, load_policy, quantization_of, tokenizer_of
+from trl_ext.scripts.models import config_options, encoder_by_name, load_policy, quantization_of, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
 from trl_ext.scripts.running import (
     EvaluationAtStart,
     HeldOutSamples,
     SeededEvaluation,
+    answers,
     first_evaluation,
     options_of,
     printer,
@@ -123,7 +123,6 @@ def real_inputs(
     from trl_ext.ppo.data import check_inputs
     from trl_ext.roles import load_base_config, max_positions
     from trl_ext.scripts.plan_memory import plan_of_run
-    from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
 
     functions = load_reward_functions(recipe.reward_funcs, training.reward_weights)
     train, test = load_prompts(recipe, printer())
@@ -131,9 +130,7 @@ def real_inputs(
     ptx = load_split(recipe.ptx_dataset_name) if recipe.ptx_dataset_name is not None else None
     config = load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
     tokenizer = tokenizer_of(model_args, training, truncation_side="left", padding_side="left")
-    options: Any = training.chat_template_kwargs
-    ends = end_token_ids(tokenizer, load_generation_config(str(model_args.model_name_or_path)))
-    encoder = TextEncoder(tokenizer, ends, options)
+    encoder = encoder_by_name(tokenizer, model_args, training, training.chat_template_kwargs)
     check_inputs(training, encoder, max_positions(config), train, test, ptx, scored=bool(recipe.reward_adapter))
     training.choose_optim(quantised=quantization_of(model_args, training) is not None)  # the plan counts its states
     plan = None
@@ -157,33 +154,9 @@ def sample_completions(trainer: Any, prompts: list[Any]) -> tuple[list[str], lis
     Both draw the same random numbers, and the trainer's metrics know nothing of them. The main process calls it; a
     vLLM server samples where the run's do.
     """
-    from trl_ext import Role
-    from trl_ext.generation.seeded import generate_responses, prompt_generator
-    from trl_ext.text import TextEncoder, end_token_ids
-
-    args, model, tokenizer = trainer.args, trainer.model, trainer.processing_class
-    ends = end_token_ids(tokenizer, model.generation_config)
-    encoder = TextEncoder(tokenizer, ends, args.chat_template_kwargs)
-    engine = None if trainer.vllm_generation is None else trainer.vllm_generation.engine
-    written = []
-    for role in (Role.REFERENCE, Role.POLICY):
-        with nullcontext() if engine is None else engine.alone():
-            groups = generate_responses(
-                model,
-                [encoder.prompt_ids(prompt) for prompt in prompts],
-                [prompt_generator(args.seed, i) for i in range(len(prompts))],
-                1,
-                args.max_completion_length,
-                eos_token_ids=encoder.end_ids,
-                pad_token_id=encoder.pad_id,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                role=role,
-                engine=engine,
-            )
-        ids = [group[0] for group in groups]
-        written.append([text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)])
-    return written[0], written[1]
+    _, *written = answers(trainer, trainer.encoder, prompts)
+    before, after = (trainer.processing_class.batch_decode(ids, skip_special_tokens=True) for ids in written)
+    return [text.strip() for text in before], [text.strip() for text in after]
 
 
 def metric_labels(gold: bool) -> list[tuple[str, str, str]]:

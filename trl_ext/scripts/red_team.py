@@ -128,8 +128,7 @@ def answered(
     from trl_ext.rrhf import load_responses
     from trl_ext.scripts.inputs import check_prompt_rows
     from trl_ext.scripts.judge import check_policy, sample
-    from trl_ext.scripts.models import load_placed_base, tokenizer_of
-    from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
+    from trl_ext.scripts.models import encoder_by_name, load_placed_base, tokenizer_of
 
     adapter = None if recipe.policy is None else check_policy(recipe.policy)
     rewards = [read_adapter(path, f"--reward_adapter {path}") for path in recipe.reward_adapter or ()]
@@ -141,7 +140,7 @@ def answered(
         raise ValueError("--model_name_or_path is missing: the base, which no adapter names.")
     model_args.model_name_or_path = name
     tokenizer = tokenizer_of(model_args, recipe, padding_side="left")
-    encoder = TextEncoder(tokenizer, end_token_ids(tokenizer, load_generation_config(name)))
+    encoder = encoder_by_name(tokenizer, model_args, recipe)
     base = load_placed_base(model_args, recipe)
     if recipe.answers is None:
         path = folder / "answers.jsonl"

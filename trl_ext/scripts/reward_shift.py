@@ -79,7 +79,9 @@ def samples_of(recipe: ShiftArguments) -> tuple[list[int], list[dict[str, Any]]]
         pairs = [(int(sample["step"]), sample) for sample in run.training]
         last = max((step for step, _ in pairs), default=0) + 1
         parts = [step * recipe.moments // last for step, _ in pairs]
-        first = {part: min(step for (step, _), own in zip(pairs, parts, strict=True) if own == part) for part in parts}
+        first: dict[int, int] = {}
+        for (step, _), part in zip(pairs, parts, strict=True):
+            first[part] = min(step, first.get(part, step))
         pairs = [(first[part], sample) for (_, sample), part in zip(pairs, parts, strict=True)]
     if not pairs:
         raise ValueError(f"{recipe.run} has no samples of --kind {recipe.kind}.")

@@ -32,7 +32,6 @@ from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries, 
 
 LABELS_FROM = ("gold", "judge", "people")
 JUDGES = ("adapter", "endpoint", "local", "people", "none")
-CHOOSE = ("information", "random", "different")
 LEAST_PAIRS = 16
 
 
@@ -121,6 +120,8 @@ def check_numbers(recipe: RLHFArguments) -> None:
     Raises:
         ValueError: A value outside of them, by its flag.
     """
+    from trl_ext.feedback.choose import METHODS
+
     several = recipe.judge == "adapter" or (recipe.rounds > 1 and recipe.choose == "information")
     least = {
         "members": 2 if several else 1,
@@ -135,7 +136,7 @@ def check_numbers(recipe: RLHFArguments) -> None:
             raise ValueError(f"--{name} {getattr(recipe, name)}: must be at least {number}.")
     if not 0 <= recipe.random_share < 1:
         raise ValueError(f"--random_share {recipe.random_share}: must be at least 0 and below 1.")
-    for name, known in (("choose", CHOOSE), ("labels_from", LABELS_FROM), ("judge", JUDGES)):
+    for name, known in (("choose", METHODS), ("labels_from", LABELS_FROM), ("judge", JUDGES)):
         if getattr(recipe, name) not in known:
             raise ValueError(f"--{name} {getattr(recipe, name)} is unknown: use one of {', '.join(known)}.")
 
@@ -173,7 +174,7 @@ def check_flags(recipe: RLHFArguments, training: PPOMaxConfig, model_args: Model
         raise ValueError(f"--ptx_coef {training.ptx_coef}: this recipe has no texts for it. trl-ext ppo-max has.")
     labelled = recipe.labels_from if recipe.rounds > 1 else None
     if recipe.judge in ("endpoint", "local") or labelled == "judge":
-        check_model_judge(recipe, "local" if recipe.judge == "local" else "endpoint")
+        check_model_judge(recipe)
     else:
         names = ["judge_model", "judge_base_url", "judge_prompt", "judge_api_key_env"]
         given.refuse(names, "no model judges. Set --judge endpoint, --judge local or --labels_from judge.")

@@ -12,6 +12,7 @@ from trl_ext.scripts.judging import (
     adapter_scores,
     ask_model,
     differing,
+    judge_kind,
     member_scores,
     model_judge_of,
     open_judge,
@@ -135,7 +136,7 @@ def begin_labels(recipe: Any, folder: Path) -> None:
     source = recipe.labels_from
     facts = {"labels_from": source}
     if source == "judge":
-        facts |= {"judge": "local" if recipe.judge == "local" else "endpoint"}
+        facts |= {"judge": judge_kind(recipe)}
         facts |= {name: getattr(recipe, name) for name in ("judge_model", "judge_base_url")}
         facts["judge_prompt"] = digest_of([read_judge_prompt(recipe.judge_prompt).encode()])
     there = {path.stem for path in folder.glob("*.jsonl")}
@@ -201,7 +202,7 @@ def give_labels(work: Work, pairs: Sequence[Any], folder: Path) -> None:
         for pair in open_pairs:
             file.label(pair.id, reader(pair, work.training.seed))
         return
-    judge = model_judge_of(work.recipe, "local" if work.recipe.judge == "local" else "endpoint")
+    judge = model_judge_of(work.recipe)
     for record in ask_model(judge, open_pairs, open_judge(judge, folder.parent)):
         if record.verdict in ("a", "b", "tie"):
             file.label(record.pair.id, record.verdict)
@@ -219,11 +220,9 @@ def accuracy_on(work: Work, rewards: Sequence[Path], rows: Sequence[Mapping[str,
     """How often reward models agree with labels that they have not seen, on pairs drawn at random."""
     from trl_ext.text import message_text
 
-    prompts = [row["prompt"] for row in rows]
-    chosen, rejected = (
-        member_scores(work.base, work.encoder, rewards, prompts, [message_text(row[name]) for row in rows])[0]
-        for name in ("chosen", "rejected")
-    )
+    prompts = [row["prompt"] for row in rows] * 2
+    texts = [message_text(row[name]) for name in ("chosen", "rejected") for row in rows]
+    chosen, rejected = member_scores(work.base, work.encoder, rewards, prompts, texts)[0].chunk(2)
     right = (chosen.mean(1) > rejected.mean(1)).float().mean()
     return {"pairs": len(rows), "ensemble": float(right), "members": (chosen > rejected).float().mean(0).tolist()}
 
@@ -325,7 +324,8 @@ def judge(work: Work, before: Path, after: Path, rewards: Sequence[Path]) -> dic
     folder, recipe = work.folder / "judge", work.recipe
     folder.mkdir(exist_ok=True)
     prompts = work.held_out.select(range(min(recipe.judged_prompts, len(work.held_out))))
-    paths = [answers_path(folder, sampling_facts(work, prompts, each)) for each in (after, before)]
+    folders = ((after.parent, after), (folder, before))  # the last policy's were written when its round was measured
+    paths = [answers_path(where, sampling_facts(work, prompts, each)) for where, each in folders]
     for policy, path in zip((after, before), paths, strict=True):
         answer(work, policy, prompts, path, 1)
     pairs, _ = match_answers(read_answers(paths[0]), read_answers(paths[1]))
@@ -338,7 +338,7 @@ def judge(work: Work, before: Path, after: Path, rewards: Sequence[Path]) -> dic
         wait_for_people(asked, folder / "pairs.labels", recipe.label_port, work.training.seed)
         judged = judge_by_people(pairs, read_labels(folder / "pairs.labels"))
     else:
-        by = model_judge_of(recipe, recipe.judge)
+        by = model_judge_of(recipe)
         judged = ask_model(by, pairs, open_judge(by, folder))
     title = f"A: the tuned policy, B: the SFT policy, by {recipe.judge}"
     content, _ = show_result(judged, title, RESAMPLES, work.training.seed)

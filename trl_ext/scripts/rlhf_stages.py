@@ -17,6 +17,7 @@ from trl_ext.run_identity import MAY_CHANGE, data_facts
 from trl_ext.scripts.held_out import keep_prompts
 from trl_ext.scripts.models import (
     config_options,
+    encoder_by_name,
     fresh_adapter,
     fresh_reward_model,
     load_causal_base,
@@ -109,8 +110,7 @@ def prepare(recipe: Any, training: Any, model_args: Any, given: Any, show: Calla
     else:
         name = str(model_args.model_name_or_path)
         tokenizer = tokenizer_of(model_args, training, truncation_side="left", padding_side="left")
-        ends = end_token_ids(tokenizer, load_generation_config(name))
-        encoder = TextEncoder(tokenizer, ends, training.chat_template_kwargs)
+        encoder = encoder_by_name(tokenizer, model_args, training, training.chat_template_kwargs)
         data = own_data(recipe, training, encoder, show)
     demonstrations, preferences, test_pairs, prompts, held_out = data
     config = load_base_config(name, **config_options(model_args, training))
@@ -137,7 +137,7 @@ def lent(base: Any) -> Iterator[None]:
     base.__dict__.pop("forward", None)
     if own is not None:
         base.forward = own
-    base.gradient_checkpointing_disable()
+    base.activation_checkpointing_disable()
     if hasattr(base, "_require_grads_hook"):
         base.disable_input_require_grads()
     base.requires_grad_(False)
@@ -271,7 +271,7 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
         work.show(f"reward model {len(accuracies)}: test accuracy {accuracies[-1]:.3f}")
         trainer.save_model()
     model.unload()
-    work.base.gradient_checkpointing_disable()
+    work.base.activation_checkpointing_disable()
     work.base.requires_grad_(False)
     write_json(folder / "accuracy.json", accuracies)
     finish(folder, facts)

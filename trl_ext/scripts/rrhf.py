@@ -35,7 +35,7 @@ from trl_ext.scripts.arguments import (
 )
 from trl_ext.scripts.configs import CONFIGS
 from trl_ext.scripts.inputs import WORLD_DATA, first_prompts, load_prompts, load_reward_functions, toy_world
-from trl_ext.scripts.models import config_options, load_policy, tokenizer_of
+from trl_ext.scripts.models import config_options, encoder_by_name, load_policy, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
 from trl_ext.scripts.running import (
     options_of,
@@ -156,7 +156,6 @@ def check_room(
         ValueError: It has not, for the row that is named.
     """
     from trl_ext.roles import load_base_config, max_positions
-    from trl_ext.text import TextEncoder, end_token_ids, load_generation_config
 
     positions = max_positions(
         load_base_config(str(model_args.model_name_or_path), **config_options(model_args, training))
@@ -165,9 +164,7 @@ def check_room(
         return
     room = training.max_completion_length if training.online else sampling.max_new_tokens
     flag = "max_completion_length" if training.online else "max_new_tokens"
-    options: Any = training.chat_template_kwargs
-    ends = end_token_ids(tokenizer, load_generation_config(str(model_args.model_name_or_path)))
-    encoder = TextEncoder(tokenizer, ends, options)
+    encoder = encoder_by_name(tokenizer, model_args, training, training.chat_template_kwargs)
     for name, dataset in (("training", train), ("test", test)):
         lengths = encoder.prompt_lengths(dataset["prompt"])
         row = max(range(len(lengths)), key=lengths.__getitem__)

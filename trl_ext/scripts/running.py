@@ -7,7 +7,7 @@ import random
 import signal
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 TRUE = ("true", "1", "yes")
+ANSWERED_AT_A_TIME = 32  # prompts
 WATCHED, MOMENTS = 8, 6  # held-out prompts that are completed on the way, and how often
 
 
@@ -217,3 +218,39 @@ def _whole(value: Any) -> Any:
         return f"{Path(path).resolve()}.py:{function}"
     known = Path(value).is_file() or ("/" in value and Path(value).exists())
     return str(Path(value).resolve()) if known else value
+
+
+def answers(trainer: Any, encoder: Any, prompts: Sequence[Any]) -> tuple[list[Any], ...]:
+    """Token ids of the prompts, and of an answer to each by the reference and by the policy, as they were generated.
+
+    Every prompt has random numbers of its own: the two policies differ by themselves alone. The main process calls it;
+    a vLLM server samples where the run's do.
+    """
+    from trl_ext import Role
+    from trl_ext.generation.seeded import generate_responses, prompt_generator
+
+    args = trainer.args
+    engine = None if trainer.vllm_generation is None else trainer.vllm_generation.engine
+    prompt_ids = [encoder.prompt_ids(prompt) for prompt in prompts]
+    written: list[list[list[int]]] = []
+    for role in (Role.REFERENCE, Role.POLICY):
+        responses: list[list[int]] = []
+        for start in range(0, len(prompts), ANSWERED_AT_A_TIME):
+            batch = prompt_ids[start : start + ANSWERED_AT_A_TIME]
+            with contextlib.nullcontext() if engine is None else engine.alone():
+                groups = generate_responses(
+                    trainer.model,
+                    batch,
+                    [prompt_generator(args.seed, start + i) for i in range(len(batch))],
+                    1,
+                    args.max_completion_length or 1,
+                    eos_token_ids=encoder.end_ids,
+                    pad_token_id=encoder.pad_id,
+                    temperature=args.temperature,
+                    top_p=args.top_p,
+                    role=role,
+                    engine=engine,
+                )
+            responses += [group[0] for group in groups]
+        written.append(responses)
+    return prompt_ids, *written

@@ -21,7 +21,7 @@ from trl_ext.generation.vllm_options import VLLMOptions, check_vllm_options
 from trl_ext.rrhf import SamplingConfig
 from trl_ext.scripts.arguments import LORA, check_model_flags, check_prompt_flags
 from trl_ext.scripts.inputs import check_prompt_rows, load_reward_functions
-from trl_ext.scripts.models import load_policy, tokenizer_of
+from trl_ext.scripts.models import load_policy, placed, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given
 from trl_ext.scripts.running import check_output_dir, quiet_libraries
 from trl_ext.scripts.tables import print_table
@@ -97,7 +97,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Sample, score, write, and show what is in the file."""
     quiet_libraries()
     recipe, sampling, model_args, given = parse(sys.argv[1:] if arguments is None else arguments)
-    import torch
 
     from trl_ext.generation.vllm_probe import checked_engine
     from trl_ext.generation.vllm_server import SamplingParameters
@@ -113,9 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.max_prompts is not None:
         dataset = dataset.select(range(min(recipe.max_prompts, len(dataset))))
     tokenizer = tokenizer_of(model_args, recipe)
-    model = load_policy(given, recipe, model_args, recipe, with_critic=False)
-    if torch.cuda.is_available() and not getattr(model.get_base_model(), "is_quantized", False):
-        model = model.to("cuda")
+    model = placed(load_policy(given, recipe, model_args, recipe, with_critic=False))
     scorer = None
     if not recipe.unscored:
         scorer = ResponseScorer(
