@@ -78,7 +78,8 @@ def main() -> None:
     print(f"an iteration: {statistics.median(row[0] for row in iterations):.3f} s (median of {len(iterations)})")
     for part, name in enumerate(("size of the update held", "guard"), 1):
         share = sum(row[part] for row in iterations) / sum(row[0] for row in iterations)
-        print(f"{name}: {100 * share:.2f} % of the CPU time, {statistics.median(row[part] for row in iterations):.4f} s")
+        seconds = statistics.median(row[part] for row in iterations)
+        print(f"{name}: {100 * share:.2f} % of the CPU time, {seconds:.4f} s")
 
 
 if __name__ == "__main__":
