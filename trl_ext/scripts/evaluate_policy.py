@@ -18,6 +18,7 @@ from trl import ModelConfig
 from trl_ext.scripts.evaluating import EvaluationArguments, evaluated, make_setting, parse_evaluation
 from trl_ext.scripts.finished_runs import check_no_run, names_of
 from trl_ext.scripts.parsing import Given
+from trl_ext.scripts.prompts_to_answer import seen_in_training
 from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries, without_traceback
 from trl_ext.scripts.tables import print_pairs, print_table
 
@@ -55,10 +56,11 @@ def main(arguments: list[str] | None = None) -> None:
     show = printer()
     setting = make_setting(recipe, model_args, given, str(recipe.policy_adapter), show)
     name = names_of([str(recipe.policy_adapter)])[0]
-    show(f"Evaluating {name} and its reference on {len(setting.prompts):,} held-out prompts ...", flush=True)
+    notes = seen_in_training([str(recipe.policy_adapter)], recipe, setting.prompts["prompt"])
+    show(f"Evaluating {name} and its reference on {len(setting.prompts):,} prompts ...", flush=True)
     policies = evaluated(setting, [(name, str(recipe.policy_adapter))])
     facts = setting.facts() | {"policy_adapter": recipe.policy_adapter}
-    show_results(policies, facts, recipe.output_dir, "evaluation", show)
+    show_results(policies, facts, recipe.output_dir, "evaluation", show, tuple(notes))
 
 
 def show_results(
@@ -79,7 +81,7 @@ def show_results(
     for note in comparison.notes:
         show(note)
     head, rows = figures_table(comparison)
-    print_table(f"{len(comparison.keys):,} held-out prompts; below each figure its 95 % interval", head, rows)
+    print_table(f"{len(comparison.keys):,} prompts; below each figure its 95 % interval", head, rows)
     for title, head, rows in changes_tables(comparison):
         print_table(title, head, rows)
     lines = [[policy.samples[key] for key in comparison.keys[:SAMPLES]] for policy in comparison.policies]

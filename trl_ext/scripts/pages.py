@@ -259,14 +259,14 @@ HELD_OUT = (
     ("reward_adapter", "", "Adapters of reward models; default: the run's"),
     ("reward_funcs", "", "Reward functions, file.py:function, or classifiers by id"),
     ("reward_weights", "", "One for each of them"),
-    ("dataset_name", "", "Prompts; default: those that the run held out"),
-    ("dataset_test_name", "", "Other prompts to evaluate on"),
-    ("dataset_test_split", "", "Split to evaluate on"),
+    ("dataset_name", "", "Data to hold prompts out of; default: those the run held out"),
+    ("dataset_test_name", "", "Prompts to answer, all of them"),
+    ("dataset_test_split", "", "Split of them"),
     ("model_name_or_path", "", "The base; default: what the adapter names"),
     *MODEL[1:3],
 )
 ANSWERS = (
-    ("eval_prompts", "256", "Of the held-out prompts, the first so many"),
+    ("eval_prompts", "256", "Of the prompts, the first so many"),
     ("max_new_tokens", "", "Longest completion; default: the run's, else 256"),
     ("batch_size", "64", "Completions sampled and scored at a time"),
     ("seed", "42", "Every prompt has random numbers of its own from it"),
