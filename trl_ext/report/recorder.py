@@ -22,6 +22,7 @@ from trl_ext.report.lines import (
     CURVE,
     FORMAT,
     METRICS,
+    PLAIN,
     REPORT,
     RUN,
     SAMPLES,
@@ -294,11 +295,7 @@ def configuration_of(args: Any) -> dict[str, Any]:
 
 def defaults_of(args: Any) -> dict[str, Any]:
     """The default of every field that has a plain one; None where the run chooses."""
-    return {f.name: strict(f.default) for f in fields(args) if f.init and _is_plain(f.default)}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    return {f.name: strict(f.default) for f in fields(args) if f.init and isinstance(f.default, PLAIN)}
 
 
 def _lines_of(path: Path) -> list[Line]:

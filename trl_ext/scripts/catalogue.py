@@ -35,12 +35,14 @@ class Command:
         summary: One line of the overview.
         page: For `--help`.
         launched: Whether it is started through accelerate, on as many devices as there are.
+        loads: What takes the seconds before its first own line.
     """
 
     module: str
     summary: str
     page: Page | None = None
     launched: bool = False
+    loads: str = "PyTorch, transformers and TRL"
 
 
 COMMANDS: dict[str, Command] = {
@@ -74,7 +76,9 @@ COMMANDS: dict[str, Command] = {
     "reward-shift": Command("trl_ext.scripts.reward_shift", "whether a run's reward is still to be trusted"),
     "plan-memory": Command("trl_ext.scripts.plan_memory", "what a run needs on a card", PLAN_MEMORY),
     "vllm-serve": Command("trl_ext.scripts.vllm_serve", "start a vLLM server that rollouts are sampled through"),
-    "report": Command("trl_ext.scripts.report", "a page about one run, or several beside each other"),
+    "report": Command(
+        "trl_ext.scripts.report", "a page about one run, or several beside each other", loads="matplotlib"
+    ),
 }
 
 

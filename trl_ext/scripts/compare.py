@@ -23,7 +23,7 @@ from trl_ext.scripts.evaluating import EvaluationArguments, evaluated, make_sett
 from trl_ext.scripts.finished_runs import check_no_run, is_run, names_of
 from trl_ext.scripts.parsing import Given
 from trl_ext.scripts.prompts_to_answer import seen_in_training
-from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries, without_traceback
+from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries
 
 
 @dataclass
@@ -77,7 +77,6 @@ def check_same_start(policies: list[str], reference: str | None) -> None:
             )
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Read what runs have left, or let all policies answer; write what is found, and show it."""
     quiet_libraries()

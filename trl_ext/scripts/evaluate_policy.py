@@ -19,7 +19,7 @@ from trl_ext.scripts.evaluating import EvaluationArguments, evaluated, make_sett
 from trl_ext.scripts.finished_runs import check_no_run, names_of
 from trl_ext.scripts.parsing import Given
 from trl_ext.scripts.prompts_to_answer import seen_in_training
-from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries, without_traceback
+from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries
 from trl_ext.scripts.tables import print_pairs, print_table
 
 SAMPLES = 3
@@ -46,7 +46,6 @@ def parse(arguments: list[str]) -> tuple[RecipeArguments, ModelConfig, Given]:
     return recipe, model_args, given
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Let reference and policy answer, write what is found, and show it."""
     quiet_libraries()

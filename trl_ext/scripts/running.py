@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import random
-import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,18 +31,6 @@ def quiet_libraries() -> None:
 def printer() -> Callable[..., None]:
     """`print` in the main process, nothing in the others."""
     return print if PartialState().is_main_process else (lambda *_, **__: None)
-
-
-@contextlib.contextmanager
-def without_traceback() -> Iterator[None]:
-    """SIGINT ends the process with 128 + 2, as SIGTERM in training ends it with 128 + 15; the trainer says the rest.
-
-    As a decorator, `@without_traceback()`, of a whole recipe.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def start_run(training: Any) -> str | bool | None:
