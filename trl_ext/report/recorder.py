@@ -6,7 +6,6 @@ first removes what came after it.
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -225,7 +224,7 @@ class RunRecorder(TrainerCallback):
         self.run = {
             "format": FORMAT,
             "method": self.method,
-            "command": machine.command_line([Path(sys.executable).name, *sys.argv]),
+            "command": machine.this_command(),
             "base": self.base,
             "seed": args.seed,
             "outcome": "running",

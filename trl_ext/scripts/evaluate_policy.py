@@ -69,13 +69,13 @@ def show_results(
     from accelerate import PartialState
 
     from trl_ext.report.comparison import changes_tables, compare_policies, figures_table, write_comparison
-    from trl_ext.report.machine import command_line, versions
+    from trl_ext.report.machine import this_command, versions
 
     if not PartialState().is_main_process:
         return
     comparison = compare_policies(policies, notes)
     names = ", ".join(policy.name for policy in policies[1:])
-    facts = {"command": command_line([Path(sys.executable).name, *sys.argv])} | facts | {"versions": versions()}
+    facts = {"command": this_command()} | facts | {"versions": versions()}
     paths = write_comparison(comparison, Path(folder).resolve(), stem, f"{names}: {stem}", facts)
     for note in comparison.notes:
         show(note)
