@@ -96,6 +96,13 @@ class ProgressWithMetrics(ProgressCallback):
         if bar is not None:
             bar.set_description("training", refresh=False)
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        began = self.prediction_bar is None
+        super().on_prediction_step(args, state, control, **kwargs)
+        bar: Any = self.prediction_bar
+        if began and bar is not None:
+            bar.set_description("evaluating")
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         bar: Any = self.training_bar
         if bar is not None and logs:
