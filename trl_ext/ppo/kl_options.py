@@ -10,7 +10,7 @@ from trl_ext.ppo.critic_options import under_deepspeed
 
 HORIZON_IN_BATCHES = 20
 UPDATES_TO_TARGET = 64
-DIVERSITY = 0.82
+DIVERSITY = 0.85
 KL_CONTROLS = ("pi", "fixed", "adaptive", "penalty")
 LARGEST_BATCH_IN_HORIZONS = 5  # from which on one step of `AdaptiveKL` could make beta 0
 
