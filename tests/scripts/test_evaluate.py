@@ -214,7 +214,7 @@ def test_an_evaluation_takes_the_prompts_of_the_run_s_own_split_and_says_so(run:
     test = write_prompts(tmp_path / "test.jsonl", "new", "newer", PROMPTS[0])
     own = changed(run, "own", dataset_test_name=test)
     trained = [f"{own} was trained on 1 of the 3 prompts."]
-    tested = (["new", "newer", PROMPTS[0]], f"Prompts: {test}, split train.", trained)
+    tested = (["new", "newer", PROMPTS[0]], f"Prompts: {test}, on which {own} was evaluated.", trained)
     assert chosen(own) == chosen(own, f"--dataset_name={data}") == tested
 
     few = write_prompts(tmp_path / "few.jsonl", "a", "b")
@@ -225,7 +225,7 @@ def test_an_evaluation_takes_the_prompts_of_the_run_s_own_split_and_says_so(run:
 
 def test_prompts_of_other_data_are_not_called_held_out(run: Path, tmp_path: Path, monkeypatch) -> None:
     other = write_prompts(tmp_path / "other.jsonl", *(f"other {i}" for i in range(30)))
-    assert chosen(str(run), f"--dataset_test_name={other}")[1:] == (f"Prompts: {other}, split train.", [])
+    assert chosen(str(run), f"--dataset_test_name={other}")[1:] == (f"Prompts: {other}.", [])
     monkeypatch.chdir(tmp_path)
     prompts, said, notes = chosen("me/hub", "--dataset_name=other.jsonl")
     assert len(prompts) == 3

@@ -123,7 +123,7 @@ def load_prompts(recipe: PromptArguments, show: Callable[..., Any] = print) -> t
     trained = {_digest(prompt) for prompt in train["prompt"]}
     known = sum(_digest(prompt) in trained for prompt in test["prompt"])
     if known:
-        show(f"Evaluation: {known:,} of the {len(test):,} prompts of {name}, are trained on too.")
+        show(f"Evaluation: {known:,} of the {len(test):,} prompts of {name} are trained on too.")
     return train, test
 
 
@@ -148,7 +148,7 @@ def test_prompts(recipe: Any) -> tuple[Dataset, str]:
     split = recipe.dataset_test_split or ("test" if has_splits(name) else "train")
     config = recipe.dataset_config if recipe.dataset_name in (name, None) else None
     test = load_split(name, split, config=config)
-    called = f"{name}, split {split}"
+    called = f"{name} (split {split})" if has_splits(name) else name
     check_prompt_rows(test, called)
     return test, called
 

@@ -74,7 +74,8 @@ def choose_prompts(recipe: Any, known: dict[str, Any], adapter: str, base: Path)
         return Chosen(prompts, f"Prompts: those of the embedded world that {adapter} was not trained on.", gold)
     if recipe.dataset_test_name is not None or recipe.dataset_test_split is not None:
         test, name = test_prompts(recipe)
-        return Chosen(test, f"Prompts: {name}.")
+        own = names_same(PromptArguments(**named(known)), recipe)
+        return Chosen(test, f"Prompts: {name}, on which {adapter} was evaluated." if own else f"Prompts: {name}.")
     name = recipe.dataset_name
     if name is None:
         recorded = recorded_prompts(adapter)

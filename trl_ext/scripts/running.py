@@ -101,7 +101,7 @@ class ProgressWithMetrics(ProgressCallback):
         super().on_prediction_step(args, state, control, **kwargs)
         bar: Any = self.prediction_bar
         if began and bar is not None:
-            bar.set_description("evaluating")
+            bar.set_description("evaluating", refresh=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         bar: Any = self.training_bar
