@@ -96,9 +96,11 @@ class ProgressWithMetrics(ProgressCallback):
         if bar is not None:
             bar.set_description("training", refresh=False)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         began = self.prediction_bar is None
-        super().on_prediction_step(args, state, control, **kwargs)
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
         bar: Any = self.prediction_bar
         if began and bar is not None:
             bar.set_description("evaluating", refresh=False)
