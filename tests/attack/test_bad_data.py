@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from tests.attack.clear import problem_of, refused
 from tests.ppo import tiny
-from trl_ext import RewardModelConfig
+from trl_ext import PPOMaxConfig, RewardModelConfig
 from trl_ext.data import load_preferences
 from trl_ext.ppo.data import PTXBatches, check_inputs
 from trl_ext.reward.data import tokenize_preferences
@@ -142,7 +142,7 @@ def read_prompts(path: Path | str) -> Dataset:
     """As recipes do before they look for a model."""
     recipe = SimpleNamespace(dataset_name=str(path), dataset_train_split="train", dataset_config=None)
     recipe.dataset_test_split = recipe.dataset_test_name = None
-    args = SimpleNamespace(max_completion_length=8, generation_batch_size=1, num_generations=1, ptx_coef=0)
+    args = PPOMaxConfig("unused", use_cpu=True, bf16=False, per_device_train_batch_size=1, max_completion_length=8)
     train, test = load_prompts(recipe)
     check_inputs(args, encoder(), 64, train, test, None, scored=True)
     return train

@@ -94,9 +94,14 @@ def test_hostile_texts_are_texts(tmp_path):
 
 
 def test_a_run_of_two_thousand_steps_is_below_three_megabytes_and_says_that_curves_are_thinned(tmp_path):
-    path = write_page([write_run(tmp_path / "long", steps=2000, prompts=256)], tmp_path / "report.html")
+    folder = write_run(tmp_path / "long", steps=2000, prompts=256)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[:200]:
+        line.pop("policy_loss", None)  # as while the critic warms up: that curve has fewer values
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = write_page([folder], tmp_path / "report.html")
     assert path.stat().st_size < 3 * 2**20
-    assert f"2,000 logged values are drawn as {POINTS} means" in path.read_text()
+    assert path.read_text().count(f"Of more than {POINTS} logged values {POINTS} means are drawn") == 1
 
 
 def test_a_curve_is_thinned_to_means_between_the_smallest_and_the_largest():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 from transformers import TrainerCallback
 
 from tests.ppo import tiny
+from trl_ext.report import machine
 from trl_ext.report.lines import as_json, read_lines
 from trl_ext.report.recorder import RunRecorder, of_this_run
 from trl_ext.report.samples import latest_of
@@ -253,3 +255,16 @@ def test_samples_on_the_way_change_nothing_in_the_run(world, tmp_path):
     assert tiny.comparable(plain.state.log_history[:-1]) == tiny.comparable(watched.state.log_history[:-1])
     rows = [row for row in read_lines(tmp_path / "watched" / "samples.jsonl")[0] if row["kind"] == "evaluation"]
     assert [(row["step"], row["part"], row["prompt"]) for row in rows] == [(4, True, "w1 w2"), (4, True, "w3")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["/venv/bin/trl-ext", "ppo-max", "--seed=1"], "trl-ext ppo-max --seed=1"),
+        (["/x/trl_ext/__main__.py", "rrhf"], f"{Path(sys.executable).name} -m trl_ext rrhf"),
+        (["train.py", "--hub_token", "s"], f"{Path(sys.executable).name} train.py --hub_token ..."),
+    ],
+)
+def test_a_command_is_shown_as_it_was_typed(monkeypatch, arguments: list[str], shown: str) -> None:
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert machine.this_command() == shown

@@ -16,6 +16,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import trl_ext
+from tests.report.made import write_run
 from trl_ext.scripts import command, launching, ppo_max
 from trl_ext.scripts.catalogue import COMMANDS, WIDTH, overview, render
 from trl_ext.scripts.configs import ACCELERATE, CONFIGS, config_names, find_config
@@ -55,6 +56,18 @@ def test_commands_pages_and_version_import_no_library() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_report_of_finished_runs_loads_what_it_says(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom trl_ext.scripts.command import main\n"
+        f"main(['report', {str(write_run(tmp_path / 'run', steps=4, prompts=4))!r}])\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'trl', 'transformers', 'datasets'}))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stderr == "trl-ext report: loading matplotlib ...\n"
 
 
 def test_a_command_that_there_is_not_names_the_nearest(capsys) -> None:

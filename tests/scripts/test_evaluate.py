@@ -16,6 +16,7 @@ from trl_ext.scripts import compare
 from trl_ext.scripts import evaluate_policy as evaluate
 from trl_ext.scripts.evaluating import fill_from_run, is_run, make_setting
 from trl_ext.scripts.inputs import hold_out
+from trl_ext.scripts.prompts_to_answer import choose_prompts, seen_in_training
 from trl_ext.scripts.running import options_of
 
 
@@ -125,7 +126,10 @@ def test_an_evaluation_is_of_the_prompts_that_were_held_out_and_the_same_twice(
     assert figures[0]["policies"]["run"]["KL from the reference, nats"]["mean"] == pytest.approx(0, abs=1e-5)
     assert figures[0]["changes"]["run from reference"]["reward"]["change"] == pytest.approx(0, abs=1e-5)
     assert figures[0]["policies"]["run"]["length, tokens"]["mean"] <= 6
-    assert "10 held-out prompts" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"prompts.jsonl that {run} held out of its training, by a hash.\n" in printed
+    assert "10 prompts; below" in printed
+    assert figures[0]["answered"].startswith("Prompts: those of ")
 
 
 def test_finished_runs_are_compared_without_a_model(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -158,31 +162,99 @@ def test_a_run_without_a_reference_started_from_the_base(run: Path, tmp_path: Pa
     compare.check_same_start([str(fresh), "me/on-the-hub"], None)
 
 
-def test_a_policy_that_was_trained_on_the_prompts_is_refused(run: Path, tmp_path: Path) -> None:
-    def another(name: str, **options) -> str:
-        shutil.copytree(run, tmp_path / name)
-        info = json.loads((run / "run.json").read_text())
-        info["options"] |= options
-        (tmp_path / name / "run.json").write_text(json.dumps(info))
-        return str(tmp_path / name)
+def changed(run: Path, name: str, **options) -> str:
+    """The same run beside it, with other options."""
+    folder = run.parent / name
+    shutil.copytree(run, folder)
+    info = json.loads((run / "run.json").read_text())
+    info["options"] |= options
+    (folder / "run.json").write_text(json.dumps(info))
+    return str(folder)
 
-    prompts = tmp_path / "prompts.jsonl"
-    test = tmp_path / "test.jsonl"
-    test.write_text('{"prompt": "new"}\n')
+
+def write_prompts(path: Path, *texts: str) -> str:
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def test_a_policy_that_was_trained_on_the_prompts_is_refused(run: Path, tmp_path: Path) -> None:
+    test = write_prompts(tmp_path / "test.jsonl", "new")
     recipe, model_args, given = parsed("--policy_adapter", str(run))
     fill_from_run(recipe, model_args, given, str(run))
-    held_out = hold_out(Dataset.from_dict({"prompt": PROMPTS}))[1]["prompt"]
-    same, gone = another("same"), another("gone", dataset_name=str(tmp_path / "gone.jsonl"))
-    notes = compare.check_not_trained_on(
-        [str(run), same, gone, "me/hub", another("w", dataset_name=None)], recipe, held_out
-    )
+    held_out = hold_out(Dataset.from_dict({"prompt": PROMPTS}))[1]["prompt"][:]
+    same, gone = changed(run, "same"), changed(run, "gone", dataset_name=str(tmp_path / "gone.jsonl"))
+    nameless = changed(run, "w", dataset_name=None)
+    notes = seen_in_training([str(run), same, gone, "me/hub", nameless], recipe, held_out)
     assert [note.split(": ")[1].split()[0] for note in notes] == [str(tmp_path / "gone.jsonl"), "it", "its"]
-    greedy = another("greedy", dataset_test_name=str(test))
+    greedy = changed(run, "greedy", dataset_test_name=test)
     with pytest.raises(ValueError, match=r"greedy was trained on 10 of the 10 prompts"):
-        compare.check_not_trained_on([str(run), greedy], recipe, held_out)
-    recipe.dataset_test_name = str(prompts)
+        seen_in_training([str(run), greedy], recipe, held_out)
+    recipe.dataset_test_name = str(tmp_path / "prompts.jsonl")
     with pytest.raises(ValueError, match=r"run was trained on 90 of the 100 prompts"):
-        compare.check_not_trained_on([str(run), greedy], recipe, PROMPTS)
+        seen_in_training([str(run), greedy], recipe, PROMPTS)
+    # alone it is beside nobody who was not
+    assert seen_in_training([greedy], recipe, PROMPTS) == [f"{greedy} was trained on 100 of the 100 prompts."]
+
+
+def chosen(adapter: str, *flags: str):
+    """What an evaluation answers, what it says of that, and what it knows of the training."""
+    recipe, model_args, given = parsed("--policy_adapter", adapter, *flags)
+    known = fill_from_run(recipe, model_args, given, adapter)
+    found = choose_prompts(recipe, known, adapter, Path("base"))
+    prompts = found.prompts["prompt"][:]
+    return prompts, found.said, seen_in_training([adapter], recipe, prompts)
+
+
+def test_an_evaluation_takes_the_prompts_of_the_run_s_own_split_and_says_so(run: Path, tmp_path: Path) -> None:
+    data = str(tmp_path / "prompts.jsonl")
+    held_out = hold_out(Dataset.from_dict({"prompt": PROMPTS}))[1]["prompt"][:]
+    by_hash = (held_out, f"Prompts: those of {data} that {run} held out of its training, by a hash.", [])
+    assert chosen(str(run)) == chosen(str(run), f"--dataset_name={data}") == by_hash
+
+    test = write_prompts(tmp_path / "test.jsonl", "new", "newer", PROMPTS[0])
+    own = changed(run, "own", dataset_test_name=test)
+    trained = [f"{own} was trained on 1 of the 3 prompts."]
+    tested = (["new", "newer", PROMPTS[0]], f"Prompts: {test}, on which {own} was evaluated.", trained)
+    assert chosen(own) == chosen(own, f"--dataset_name={data}") == tested
+
+    few = write_prompts(tmp_path / "few.jsonl", "a", "b")
+    few_run = changed(run, "few", dataset_name=few)
+    said = f"Prompts: all of {few}, which has too few to hold some out."
+    assert chosen(few_run) == (["a", "b"], said, [f"{few_run} was trained on 2 of the 2 prompts."])
+
+
+def test_prompts_of_other_data_are_not_called_held_out(run: Path, tmp_path: Path, monkeypatch) -> None:
+    other = write_prompts(tmp_path / "other.jsonl", *(f"other {i}" for i in range(30)))
+    assert chosen(str(run), f"--dataset_test_name={other}")[1:] == (f"Prompts: {other}.", [])
+    monkeypatch.chdir(tmp_path)
+    prompts, said, notes = chosen("me/hub", "--dataset_name=other.jsonl")
+    assert len(prompts) == 3
+    assert (
+        said == f"Prompts: a tenth of those of {other}, drawn by a hash. --dataset_test_name {other} takes all of them."
+    )
+    assert notes == ["Whether me/hub was trained on these prompts is not known: it is of no run."]
+    assert len(chosen("me/hub", f"--dataset_test_name={other}")[0]) == 30
+
+
+def test_what_a_run_has_written_down_is_answered_where_its_data_is_not_named_or_has_changed(
+    run: Path, tmp_path: Path
+) -> None:
+    nameless = changed(run, "nameless", dataset_name=None)
+    with pytest.raises(ValueError, match=r"--dataset_test_name is missing: .*nameless names none and has written"):
+        chosen(nameless)
+    held_out = hold_out(Dataset.from_dict({"prompt": PROMPTS}))[1]["prompt"][:]
+    lines = [{"kind": "evaluation", "step": 4, "key": str(i), "prompt": text} for i, text in enumerate(held_out)]
+    for folder in (Path(nameless), run):
+        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts, said, notes = chosen(nameless)
+    assert (prompts, said) == (held_out, f"Prompts: those that {nameless} was evaluated on, as it has them.")
+    assert notes == [f"Whether {nameless} was trained on these prompts is not known: its run names no prompts."]
+
+    assert chosen(str(run))[1].endswith("held out of its training, by a hash.")
+    write_prompts(tmp_path / "prompts.jsonl", *PROMPTS[40:])
+    prompts, said, notes = chosen(str(run))
+    assert (prompts, notes) == (held_out, [])
+    assert "prompts.jsonl has changed since, and would hold out others in place of " in said
 
 
 def test_the_reward_of_a_run_is_taken_with_its_weights_and_in_its_order(run: Path) -> None:

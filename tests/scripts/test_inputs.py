@@ -147,10 +147,10 @@ def test_a_run_is_evaluated_on_prompts_that_it_does_not_train_on_or_says_so(tmp_
     others = write(tmp_path / "others.jsonl", [{"prompt": f"p{i}"} for i in range(30, 50)])
     train, test = load(dataset_name=many, dataset_test_name=others)
     assert (len(train), len(test)) == (40, 20)
-    assert said == [f"Evaluation: 10 of the 20 prompts of {others}, split train, are trained on too."]
+    assert said == [f"Evaluation: 10 of the 20 prompts of {others} are trained on too."]
 
     assert len(load(dataset_name=many, dataset_test_split="train")[1]) == 40
-    assert said == [f"Evaluation: 40 of the 40 prompts of {many}, split train, are trained on too."]
+    assert said == [f"Evaluation: 40 of the 40 prompts of {many} are trained on too."]
 
 
 # ---------------------------------------------------------------------- preferences

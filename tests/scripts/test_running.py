@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from trl_ext.scripts import pipeline, ppo_max, preference_strength, reward_model, rrhf, sample_responses
+from trl_ext.scripts.command import work
 from trl_ext.scripts.running import (
     EvaluationAtStart,
+    ProgressWithMetrics,
     SeededEvaluation,
     checkpoint_to_resume,
     first_evaluation,
@@ -40,12 +42,24 @@ def test_an_interrupt_ends_a_recipe_with_130_and_without_a_traceback(monkeypatch
     def interrupted(*_) -> None:
         raise KeyboardInterrupt
 
-    for recipe in (ppo_max, rrhf, reward_model, pipeline, preference_strength):
+    modules = (ppo_max, rrhf, reward_model, pipeline, preference_strength)
+    names = ("ppo-max", "rrhf", "reward-model", "pipeline", "preference-strength")
+    for name, recipe in zip(names, modules, strict=True):
         monkeypatch.setattr(recipe, "parse", interrupted)
         with pytest.raises(SystemExit) as ended:
-            recipe.main([])
+            work(name, [])
         assert ended.value.code == 130
         assert ended.value.__suppress_context__
+
+
+def test_a_bar_says_what_it_is_of(capsys) -> None:
+    bars, state = ProgressWithMetrics({"reward": "reward"}), SimpleNamespace(max_steps=4, is_world_process_zero=True)
+    bars.on_train_begin(None, state, None)
+    for _ in range(2):
+        bars.on_prediction_step(None, state, None, eval_dataloader=[1, 2])
+    assert (bars.training_bar.desc, bars.prediction_bar.desc) == ("training: ", "evaluating: ")
+    bars.on_evaluate(None, state, None)
+    bars.on_train_end(None, state, None)
 
 
 def run_of(folder: Path, resume=None) -> SimpleNamespace:

@@ -119,7 +119,7 @@ def test_processes_share_the_prompts_of_an_evaluation(world, tmp_path: Path) -> 
     for processes in (1, 2):
         out = tmp_path / str(processes)
         printed = launch("evaluate_policy", tmp_path, *flags, f"--output_dir={out}", processes=processes)
-        assert printed.count("7 held-out prompts; below each figure") == 1
+        assert printed.count("7 prompts; below each figure") == 1
         written.append([json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()])
     assert [line["prompt"] for line in written[0]] == [*prompts["prompt"][:7]] * 2
     for one, two in zip(*written, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from trl_ext.report.intervals import Change, changes
-from trl_ext.report.lines import CURVE, REPORT, Line
+from trl_ext.report.lines import CURVE, PLAIN, REPORT, Line
 from trl_ext.report.loading import RunFiles, load_run
 from trl_ext.report.machine import versions
 from trl_ext.report.samples import text_of
@@ -274,7 +274,7 @@ def changed_options(args: Any) -> dict[str, Any]:
     changed = {}
     for each in fields(args):
         value = getattr(args, each.name)
-        plain = value is None or isinstance(value, bool | int | float | str)
+        plain = isinstance(value, PLAIN)
         if each.init and plain and each.name not in NOT_METHOD and value != each.default:
             changed[each.name] = _value(value)
     return changed

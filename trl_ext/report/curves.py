@@ -117,8 +117,8 @@ def _lines(axis: Axes, panel: Panel, runs: Sequence[RunFiles], legend: list[Lege
             if len(steps) < len(points):
                 shade: dict[str, Any] = {"alpha": 0.1 if many else 0.18, "linewidth": 0}
                 axis.fill_between(steps, low, high, color=SERIES[color % 6], **shade)
-                note = f"{len(points):,} logged values are drawn as {len(steps)} means; the shade is from the smallest "
-                notes += [f"{note}to the largest of each."] if not notes else []
+                note = f"Of more than {len(steps)} logged values {len(steps)} means are drawn; the shade is from the "
+                notes += [f"{note}smallest to the largest of each."] if not notes else []
             marker = "." if len(steps) == 1 else ""
             line: dict[str, Any] = {
                 "color": SERIES[color % 6],

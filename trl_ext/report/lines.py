@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+PLAIN = bool | int | float | str | None  # what JSON has itself
 Line = dict[str, Any]
 METRICS, SAMPLES, RUN, REPORT = "metrics.jsonl", "samples.jsonl", "run.json", "report.html"
 CURVE = "learning_curve.png"

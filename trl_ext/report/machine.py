@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,17 @@ def peak_memory_gib(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def this_command() -> str:
+    """The command of this process as `command_line`: `trl-ext ...` where that was typed, without its folder."""
+    program = Path(sys.argv[0])
+    start = [Path(sys.executable).name, sys.argv[0]]
+    if program.stem == "trl-ext":
+        start = [program.stem]
+    elif program.name == "__main__.py":  # python -m, as accelerate's launcher starts it
+        start = [start[0], "-m", program.parent.name]
+    return command_line([*start, *sys.argv[1:]])
 
 
 def command_line(arguments: Sequence[str]) -> str:

@@ -236,7 +236,7 @@ def figures(line: Line) -> list[tuple[str, str]]:
     found = [("reward", line.get("reward")), ("KL", line.get("kl")), ("tokens", line.get("tokens"))]
     rewards = line.get("rewards")
     if isinstance(rewards, dict) and len(rewards) > 1:
-        found[1:1] = list(rewards.items())
+        found[1:1] = [(name, value) for name, value in rewards.items() if name != "reward"]
     shown = [(name, number(value)) for name, value in found if is_number(value)]
     return [*shown, ("cut", "yes")] if line.get("truncated") is True else shown
 

@@ -81,7 +81,7 @@ PPO = (
         "Beta",
         {"beta": "beta"},
         "The price of a nat of KL in the reward.",
-        "Rises with the KL, then wanders. At 1 and more the reward fights the reference: look at samples.",
+        "Moves until the KL is held, then wanders. At 1 and more the reward fights the reference: look at samples.",
         zero=True,
     ),
     Panel(

@@ -6,7 +6,6 @@ first removes what came after it.
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -22,6 +21,7 @@ from trl_ext.report.lines import (
     CURVE,
     FORMAT,
     METRICS,
+    PLAIN,
     REPORT,
     RUN,
     SAMPLES,
@@ -224,7 +224,7 @@ class RunRecorder(TrainerCallback):
         self.run = {
             "format": FORMAT,
             "method": self.method,
-            "command": machine.command_line([Path(sys.executable).name, *sys.argv]),
+            "command": machine.this_command(),
             "base": self.base,
             "seed": args.seed,
             "outcome": "running",
@@ -294,11 +294,7 @@ def configuration_of(args: Any) -> dict[str, Any]:
 
 def defaults_of(args: Any) -> dict[str, Any]:
     """The default of every field that has a plain one; None where the run chooses."""
-    return {f.name: strict(f.default) for f in fields(args) if f.init and _is_plain(f.default)}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    return {f.name: strict(f.default) for f in fields(args) if f.init and isinstance(f.default, PLAIN)}
 
 
 def _lines_of(path: Path) -> list[Line]:

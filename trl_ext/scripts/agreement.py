@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.scripts.parsing import FlagParser
-from trl_ext.scripts.running import check_output_dir, quiet_libraries, without_traceback, write_json
+from trl_ext.scripts.running import check_output_dir, quiet_libraries, write_json
 from trl_ext.scripts.tables import print_table
 
 
@@ -46,7 +46,6 @@ def parse(arguments: list[str]) -> AgreementArguments:
     return recipe
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, and show tables."""
     quiet_libraries()

@@ -18,7 +18,7 @@ from trl import ModelConfig
 
 from trl_ext.scripts.arguments import LORA, check_model_flags, names_of
 from trl_ext.scripts.parsing import FlagParser, Given
-from trl_ext.scripts.running import check_output_dir, quiet_libraries, without_traceback
+from trl_ext.scripts.running import check_output_dir, quiet_libraries
 from trl_ext.scripts.tables import print_table
 
 
@@ -129,7 +129,6 @@ def member_scores(
     return found
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Score, choose, and write the pairs."""
     quiet_libraries()

@@ -88,7 +88,7 @@ def announce(name: str) -> None:
     """Say that the command begins: the libraries take some seconds to load. Their bars are shown where they last."""
     os.environ.setdefault("TQDM_DELAY", "1")  # read when tqdm is imported
     if os.environ.get("RANK", "0") == "0":
-        print(f"trl-ext {name}: loading PyTorch, transformers and TRL ...", file=sys.stderr, flush=True)
+        print(f"trl-ext {name}: loading {COMMANDS[name].loads} ...", file=sys.stderr, flush=True)
 
 
 def work(name: str, flags: Sequence[str]) -> None:

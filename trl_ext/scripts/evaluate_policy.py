@@ -18,7 +18,8 @@ from trl import ModelConfig
 from trl_ext.scripts.evaluating import EvaluationArguments, evaluated, make_setting, parse_evaluation
 from trl_ext.scripts.finished_runs import check_no_run, names_of
 from trl_ext.scripts.parsing import Given
-from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries, without_traceback
+from trl_ext.scripts.prompts_to_answer import seen_in_training
+from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries
 from trl_ext.scripts.tables import print_pairs, print_table
 
 SAMPLES = 3
@@ -45,7 +46,6 @@ def parse(arguments: list[str]) -> tuple[RecipeArguments, ModelConfig, Given]:
     return recipe, model_args, given
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Let reference and policy answer, write what is found, and show it."""
     quiet_libraries()
@@ -55,10 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
     show = printer()
     setting = make_setting(recipe, model_args, given, str(recipe.policy_adapter), show)
     name = names_of([str(recipe.policy_adapter)])[0]
-    show(f"Evaluating {name} and its reference on {len(setting.prompts):,} held-out prompts ...", flush=True)
+    notes = seen_in_training([str(recipe.policy_adapter)], recipe, setting.prompts["prompt"])
+    show(f"Evaluating {name} and its reference on {len(setting.prompts):,} prompts ...", flush=True)
     policies = evaluated(setting, [(name, str(recipe.policy_adapter))])
     facts = setting.facts() | {"policy_adapter": recipe.policy_adapter}
-    show_results(policies, facts, recipe.output_dir, "evaluation", show)
+    show_results(policies, facts, recipe.output_dir, "evaluation", show, tuple(notes))
 
 
 def show_results(
@@ -68,18 +69,18 @@ def show_results(
     from accelerate import PartialState
 
     from trl_ext.report.comparison import changes_tables, compare_policies, figures_table, write_comparison
-    from trl_ext.report.machine import command_line, versions
+    from trl_ext.report.machine import this_command, versions
 
     if not PartialState().is_main_process:
         return
     comparison = compare_policies(policies, notes)
     names = ", ".join(policy.name for policy in policies[1:])
-    facts = {"command": command_line([Path(sys.executable).name, *sys.argv])} | facts | {"versions": versions()}
+    facts = {"command": this_command()} | facts | {"versions": versions()}
     paths = write_comparison(comparison, Path(folder).resolve(), stem, f"{names}: {stem}", facts)
     for note in comparison.notes:
         show(note)
     head, rows = figures_table(comparison)
-    print_table(f"{len(comparison.keys):,} held-out prompts; below each figure its 95 % interval", head, rows)
+    print_table(f"{len(comparison.keys):,} prompts; below each figure its 95 % interval", head, rows)
     for title, head, rows in changes_tables(comparison):
         print_table(title, head, rows)
     lines = [[policy.samples[key] for key in comparison.keys[:SAMPLES]] for policy in comparison.policies]

@@ -1,4 +1,4 @@
-"""Finished policies on held-out prompts: which prompts, rewards and reference, and what each policy writes.
+"""Finished policies on prompts: by which rewards, from which reference, and what each policy writes.
 
 What is not given is taken from the run that the adapter comes from, by its `run.json`: the same base, held-out prompts,
 reward adapters and lengths. Files of reward functions are never run unless a flag names them.
@@ -23,13 +23,13 @@ from trl_ext.report.loading import load_run
 from trl_ext.report.samples import keyed
 from trl_ext.rrhf import SamplingConfig
 from trl_ext.scripts.arguments import BASE, LORA, PPOArguments, check_model_flags
-from trl_ext.scripts.finished_runs import in_world, is_run, reward_folders
-from trl_ext.scripts.inputs import first_prompts, load_prompts, load_reward_functions
+from trl_ext.scripts.finished_runs import is_run, reward_folders
+from trl_ext.scripts.inputs import first_prompts, load_reward_functions
 from trl_ext.scripts.models import base_options, config_options, placed, quantization_of, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given
+from trl_ext.scripts.prompts_to_answer import PROMPTS, choose_prompts, fill_names
 
 NONE = "none"
-PROMPTS = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_name", "dataset_test_split")
 # Options of a run's score -> ours
 OWN_SCORE = {
     "reward_ensemble": "ensemble",
@@ -68,18 +68,25 @@ class EvaluationArguments:
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Prompts: Hub id, folder, or a jsonl/gz file with a column `prompt`. Default: the run's."},
+        metadata={
+            "help": "Data that prompts are held out of: Hub id, folder, or a jsonl/gz file with a column `prompt`. "
+            "What a run was trained on is split as the run has split it; of other data a tenth is taken, by a hash. "
+            "Default: the run's."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split that prompts are held out of."})
     dataset_test_name: str | None = field(
         default=None,
         metadata={
-            "help": "Prompts to evaluate on. Default: those that the training held out, by a hash of the prompt."
+            "help": "Prompts to answer, all of them; `dataset_name` is not needed then. Default: those that the run "
+            "held out, or was evaluated on."
         },
     )
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
-    eval_prompts: int = field(default=256, metadata={"help": "Of the held-out prompts, the first so many."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to answer. Default: test, or the only one."}
+    )
+    eval_prompts: int = field(default=256, metadata={"help": "Of the prompts, the first so many."})
     max_new_tokens: int | None = field(
         default=None, metadata={"help": f"Longest completion, tokens. Default: the run's, else {NEW_TOKENS}."}
     )
@@ -153,9 +160,7 @@ def fill_from_run(recipe: Any, model_args: ModelConfig, given: Given, adapter: s
     for name in (*BASE, "model_name_or_path"):
         if name not in given and known.get(name) is not None:
             setattr(model_args, name, known[name])
-    if not any(name in given for name in PROMPTS):
-        for name in PROMPTS:
-            setattr(recipe, name, known.get(name) or getattr(recipe, name))
+    fill_names(recipe, given, known)
     if recipe.max_new_tokens is None:
         recipe.max_new_tokens = known.get("max_new_tokens") or known.get("max_completion_length") or NEW_TOKENS
     if recipe.chat_template_kwargs is None and isinstance(known.get("chat_template_kwargs"), dict):
@@ -187,7 +192,8 @@ class Setting:
 
     Attributes:
         recipe, model_args: As filled.
-        prompts: Held out.
+        prompts: Rows that are answered.
+        said: Which these are, a sentence.
         tokenizer: Of the base.
         functions: Reward functions.
         gold: A reward that nobody trained on, in the embedded world.
@@ -196,6 +202,7 @@ class Setting:
     recipe: Any
     model_args: ModelConfig
     prompts: Any
+    said: str
     tokenizer: Any
     functions: list[Any]
     gold: Any = None
@@ -218,6 +225,7 @@ class Setting:
         known = {
             "base": self.model_args.model_name_or_path,
             "random_numbers": "those of a prompt are every policy's",
+            "answered": self.said,
         }
         return known | {name: getattr(recipe, name) for name in names}
 
@@ -235,15 +243,8 @@ def make_setting(recipe: Any, model_args: ModelConfig, given: Given, adapter: st
         recipe.reference_adapter = None
     config = read_adapter(adapter, f"policy {adapter}").config
     model_args.model_name_or_path = model_args.model_name_or_path or config.base_model_name_or_path
-    gold = None
-    if in_world(known, recipe):
-        prompts, gold = world_prompts(known, Path(str(model_args.model_name_or_path)))
-    elif recipe.dataset_name is None:
-        raise ValueError(
-            "--dataset_name is missing: prompts by Hub id, folder or file. No run says which were held out."
-        )
-    else:
-        _, prompts = load_prompts(recipe, show)
+    chosen = choose_prompts(recipe, known, adapter, Path(str(model_args.model_name_or_path)))
+    show(chosen.said)
     if recipe.reward_adapter is None and recipe.reward_funcs is None:
         raise ValueError("nothing scores the completions: give --reward_adapter, or --reward_funcs file.py:function.")
     if recipe.reward_adapter is None:
@@ -254,31 +255,12 @@ def make_setting(recipe: Any, model_args: ModelConfig, given: Given, adapter: st
     functions = load_reward_functions(recipe.reward_funcs, recipe.reward_weights)
     if recipe.reward_weights is not None and not functions:
         raise ValueError("--reward_weights: there are no reward functions. Give --reward_funcs, or drop it.")
-    more = [name for name in ("responses", "scores", "truncated") if name in prompts.column_names]
-    prompts = first_prompts(prompts.remove_columns(more), recipe.eval_prompts)  # without what RRHF trains on
+    more = [name for name in ("responses", "scores", "truncated") if name in chosen.prompts.column_names]
+    prompts = first_prompts(chosen.prompts.remove_columns(more), recipe.eval_prompts)  # without what RRHF trains on
     tokenizer = tokenizer_of(model_args, recipe)
-    setting = Setting(recipe, model_args, prompts, tokenizer, functions, gold)
+    setting = Setting(recipe, model_args, prompts, chosen.said, tokenizer, functions, chosen.gold)
     check_room(setting)
     return setting
-
-
-def world_prompts(known: dict[str, Any], base: Path) -> tuple[Any, Any]:
-    """Held-out prompts and gold reward of the embedded world that a run was in.
-
-    Raises:
-        ValueError: The world is not there any more, or another version would build another one.
-    """
-    from trl_ext.toy import build_world, gold_reward
-
-    seed = known["seed"] if known.get("world_seed") is None else known["world_seed"]
-    if not base.is_dir():
-        raise ValueError(
-            f"the embedded world of this run was in {base}, which is not there. Train again, or move it back."
-        )
-    world = build_world(base.parents[1], seed, scale=known["world_scale"])
-    if world.base.resolve() != base.resolve():
-        raise ValueError(f"{base} was built by other versions of the libraries: train again with those installed.")
-    return world.eval_prompts, gold_reward
 
 
 def encoder_for(setting: Setting, config: Any) -> Any:

@@ -111,9 +111,7 @@ def load_prompts(recipe: PromptArguments, show: Callable[..., Any] = print) -> t
     Raises:
         ValueError: A split that is not there, or rows that are no prompts.
     """
-    assert recipe.dataset_name is not None
-    train = load_split(recipe.dataset_name, recipe.dataset_train_split, config=recipe.dataset_config)
-    check_prompt_rows(train, recipe.dataset_name)
+    train = training_prompts(recipe)
     if recipe.dataset_test_name is None and recipe.dataset_test_split is None:
         train, test = hold_out(train)
         if test is train:
@@ -121,16 +119,38 @@ def load_prompts(recipe: PromptArguments, show: Callable[..., Any] = print) -> t
         else:
             show(f"Evaluation: {len(test):,} rows held out, by a hash of the prompt; {len(train):,} are trained on.")
         return train, test
-    name = recipe.dataset_test_name or recipe.dataset_name
-    split = recipe.dataset_test_split or ("test" if has_splits(name) else "train")
-    config = recipe.dataset_config if name == recipe.dataset_name else None
-    test = load_split(name, split, config=config)
-    check_prompt_rows(test, f"{name}, split {split}")
+    test, name = test_prompts(recipe)
     trained = {_digest(prompt) for prompt in train["prompt"]}
     known = sum(_digest(prompt) in trained for prompt in test["prompt"])
     if known:
-        show(f"Evaluation: {known:,} of the {len(test):,} prompts of {name}, split {split}, are trained on too.")
+        show(f"Evaluation: {known:,} of the {len(test):,} prompts of {name} are trained on too.")
     return train, test
+
+
+def training_prompts(recipe: Any) -> Dataset:
+    """The rows of `dataset_name`, those included that `hold_out` takes away.
+
+    Raises:
+        ValueError: A split that is not there, or rows that are no prompts.
+    """
+    train = load_split(recipe.dataset_name, recipe.dataset_train_split, config=recipe.dataset_config)
+    check_prompt_rows(train, recipe.dataset_name)
+    return train
+
+
+def test_prompts(recipe: Any) -> tuple[Dataset, str]:
+    """Prompts that are named to evaluate on, and what to call them.
+
+    Raises:
+        ValueError: A split that is not there, or rows that are no prompts.
+    """
+    name = recipe.dataset_test_name or recipe.dataset_name
+    split = recipe.dataset_test_split or ("test" if has_splits(name) else "train")
+    config = recipe.dataset_config if recipe.dataset_name in (name, None) else None
+    test = load_split(name, split, config=config)
+    called = f"{name} (split {split})" if has_splits(name) else name
+    check_prompt_rows(test, called)
+    return test, called
 
 
 def hold_out(dataset: Dataset) -> tuple[Dataset, Dataset]:

@@ -34,7 +34,7 @@ from trl_ext.scripts.judging import (
     wait_for_people,
 )
 from trl_ext.scripts.parsing import FlagParser, Given
-from trl_ext.scripts.running import check_output_dir, quiet_libraries, without_traceback, write_json
+from trl_ext.scripts.running import check_output_dir, quiet_libraries, write_json
 
 JUDGES = ("endpoint", "local", "adapter", "people")
 ENDPOINT = ("base_url", "api_key_env", "timeout", "retries", "concurrency", "price_input", "price_output")
@@ -283,7 +283,6 @@ def sample(
 # ---------------------------------------------------------------------- the judgement
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Let policies answer, estimate, ask, and show who wins."""
     quiet_libraries()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl_ext.scripts.parsing import FlagParser, Given
-from trl_ext.scripts.running import check_output_dir, quiet_libraries, without_traceback
+from trl_ext.scripts.running import check_output_dir, quiet_libraries
 from trl_ext.scripts.tables import print_table
 
 TOKEN = "TRL_EXT_LABEL_TOKEN"
@@ -81,7 +81,6 @@ def labels_of(recipe: LabelArguments) -> Path:
     return Path(recipe.labels) if recipe.labels else Path(str(recipe.pairs)).with_suffix(".labels")
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Show the page, or export, or import."""
     quiet_libraries()

@@ -50,7 +50,6 @@ from trl_ext.scripts.running import (
     printer,
     quiet_libraries,
     show_progress,
-    without_traceback,
     write_json,
 )
 from trl_ext.scripts.tables import last_text, plot_run, print_table
@@ -322,7 +321,6 @@ def judged_before(path: Path, judged: dict[str, Any]) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("judged") == judged else None
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """All three stages; what is judged is written before it is shown."""
     quiet_libraries()

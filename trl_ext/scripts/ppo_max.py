@@ -45,7 +45,6 @@ from trl_ext.scripts.running import (
     quiet_libraries,
     show_progress,
     start_run,
-    without_traceback,
     write_json,
 )
 from trl_ext.scripts.tables import before_and_after, plot_run, print_pairs, print_table
@@ -173,7 +172,6 @@ def metric_labels(gold: bool) -> list[tuple[str, str, str]]:
     ]
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Train, compare before and after, and say where everything is."""
     quiet_libraries()

@@ -32,7 +32,7 @@ from trl_ext.scripts.configs import CONFIGS
 from trl_ext.scripts.models import fresh_reward_model
 from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
 from trl_ext.scripts.reward_model import load_inputs
-from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, without_traceback, write_json
+from trl_ext.scripts.running import printer, quiet_libraries, show_progress, start_run, write_json
 from trl_ext.scripts.tables import last_text, print_table
 
 NEXT_STEP = {
@@ -122,7 +122,6 @@ def show_examples(dataset: Any, examples: list[tuple[int, float, float]]) -> Non
         print_table(f"strength {mean:.2f} ± {std:.2f}", ("", "text"), body)
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Train the members, measure, write the dataset, and show what was doubted."""
     quiet_libraries()

@@ -19,7 +19,7 @@ from trl import ModelConfig
 from trl_ext.scripts.arguments import LORA, check_model_flags, names_of
 from trl_ext.scripts.judging import member_scores
 from trl_ext.scripts.parsing import FlagParser, Given
-from trl_ext.scripts.running import check_output_dir, quiet_libraries, without_traceback, write_json
+from trl_ext.scripts.running import check_output_dir, quiet_libraries, write_json
 from trl_ext.scripts.tables import last_text, print_table
 
 SHOWN = 5
@@ -93,7 +93,6 @@ def read_rows(path: str, answered: bool) -> list[dict[str, Any]]:
     return rows
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Let the policy answer, count, and show rates and the worst answers."""
     quiet_libraries()

@@ -11,8 +11,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from trl_ext.scripts.running import without_traceback
-
 ONE, SEVERAL = "report.html", "comparison.html"
 
 
@@ -33,7 +31,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Write the page, and say where it is; exit status 1 and one line where a run cannot be read."""
     given = parse(sys.argv[1:] if arguments is None else arguments)

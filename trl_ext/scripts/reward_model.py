@@ -36,7 +36,6 @@ from trl_ext.scripts.running import (
     quiet_libraries,
     show_progress,
     start_run,
-    without_traceback,
     write_json,
 )
 from trl_ext.scripts.tables import plot_run, print_table
@@ -77,7 +76,6 @@ def load_inputs(recipe: Any, training: RewardModelConfig, model_args: ModelConfi
     return load_causal_base(model_args, training), tokenizer, train, test
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Train, test, draw, and say where everything is."""
     quiet_libraries()

@@ -8,7 +8,6 @@ not seen. `reward_shift.json` and a picture go to the run's folder, or to `--out
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from trl_ext.scripts.arguments import LORA, check_model_flags
 from trl_ext.scripts.judging import member_scores
 from trl_ext.scripts.models import load_placed_base, tokenizer_of
 from trl_ext.scripts.parsing import FlagParser, Given
-from trl_ext.scripts.running import check_output_dir, quiet_libraries, without_traceback, write_json
-from trl_ext.scripts.tables import print_table
+from trl_ext.scripts.running import check_output_dir, quiet_libraries, write_json
+from trl_ext.scripts.tables import plot_run, print_table
 
 KINDS = ("evaluation", "training")
 
@@ -88,7 +87,6 @@ def samples_of(recipe: ShiftArguments) -> tuple[list[int], list[dict[str, Any]]]
     return [step for step, _ in pairs], [sample for _, sample in pairs]
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Score the samples, and show how scores and spread went."""
     quiet_libraries()
@@ -117,7 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
     course = shift_over_run(steps, scores, gold)
     content = {"run": str(recipe.run), "reward_adapter": recipe.reward_adapter, "course": course}
     write_json(folder / "reward_shift.json", without_nan(content))
-    picture(course, folder / "reward_shift.png")
+    scored = {"mean": "reward models"} | ({"gold": "gold reward"} if gold is not None else {})
+    panels = {"mean score of the samples": scored, "spread of the ensemble": {"spread": "spread"}}
+    plot_run(course, panels, folder / "reward_shift.png", marker="o")
     columns = ("from step", "samples", "mean score", "shift", "spread", "doubt", "gold")
     rows = [
         (
@@ -130,24 +130,3 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     print_table(f"Reward models on {len(samples):,} samples of {recipe.run}", columns, rows)
     print(f"picture          {folder / 'reward_shift.png'}")
-
-
-def picture(course: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw mean score and spread against the step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    at = [moment["step"] for moment in course]
-    axes[0].plot(at, [moment["mean"] for moment in course], marker="o", label="reward models")
-    if "gold" in course[0]:
-        axes[0].plot(at, [moment.get("gold", float("nan")) for moment in course], marker="o", label="gold reward")
-        axes[0].legend(frameon=False)
-    axes[1].plot(at, [moment["spread"] for moment in course], marker="o")
-    for axis, title in zip(axes, ("mean score of the samples", "spread of the ensemble"), strict=True):
-        axis.set(title=title, xlabel="optimizer step")
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

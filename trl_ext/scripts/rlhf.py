@@ -28,7 +28,7 @@ from trl_ext import PPOMaxConfig
 from trl_ext.scripts.arguments import WorldArguments, check_model_flags, check_world_flags
 from trl_ext.scripts.configs import CONFIGS
 from trl_ext.scripts.parsing import FlagParser, Given, names_a_model
-from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries, without_traceback
+from trl_ext.scripts.running import check_output_dir, printer, quiet_libraries
 
 LABELS_FROM = ("gold", "judge", "people")
 JUDGES = ("adapter", "endpoint", "local", "people", "none")
@@ -184,7 +184,6 @@ def check_flags(recipe: RLHFArguments, training: PPOMaxConfig, model_args: Model
         given.refuse(["label_port"], "no people are asked. Set --judge people or --labels_from people.")
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """All stages that are not there yet; then what came out."""
     quiet_libraries()

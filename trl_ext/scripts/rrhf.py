@@ -43,7 +43,6 @@ from trl_ext.scripts.running import (
     quiet_libraries,
     show_progress,
     start_run,
-    without_traceback,
     write_json,
 )
 from trl_ext.scripts.sample_responses import show_report
@@ -199,7 +198,6 @@ def with_responses(model: Any, encoder: Any, train: Any, scorer: Any, parts: tup
     return load_responses(path)
 
 
-@without_traceback()
 def main(arguments: list[str] | None = None) -> None:
     """Sample if need be, train, compare before and after, and say where everything is."""
     quiet_libraries()

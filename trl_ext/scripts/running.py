@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import random
-import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,18 +31,6 @@ def quiet_libraries() -> None:
 def printer() -> Callable[..., None]:
     """`print` in the main process, nothing in the others."""
     return print if PartialState().is_main_process else (lambda *_, **__: None)
-
-
-@contextlib.contextmanager
-def without_traceback() -> Iterator[None]:
-    """SIGINT ends the process with 128 + 2, as SIGTERM in training ends it with 128 + 15; the trainer says the rest.
-
-    As a decorator, `@without_traceback()`, of a whole recipe.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def start_run(training: Any) -> str | bool | None:
@@ -108,6 +95,15 @@ class ProgressWithMetrics(ProgressCallback):
         bar: Any = self.training_bar
         if bar is not None:
             bar.set_description("training", refresh=False)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        began = self.prediction_bar is None
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+        bar: Any = self.prediction_bar
+        if began and bar is not None:
+            bar.set_description("evaluating", refresh=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         bar: Any = self.training_bar

@@ -51,8 +51,8 @@ def before_and_after(
     return rows
 
 
-def plot_run(history: list[dict[str, Any]], panels: dict[str, dict[str, str]], path: Path) -> None:
-    """Draw logged metrics against the optimizer step: `panels` is title -> metric -> label."""
+def plot_run(history: list[dict[str, Any]], panels: dict[str, dict[str, str]], path: Path, marker: str = "") -> None:
+    """Draw logged metrics against the optimizer step: `panels` is title -> metric -> label, `marker` of its points."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,7 +63,7 @@ def plot_run(history: list[dict[str, Any]], panels: dict[str, dict[str, str]], p
         for metric, label in metrics.items():
             points = [(entry["step"], entry[metric]) for entry in history if entry.get(metric) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), label=label)
+                axis.plot(*zip(*points, strict=True), label=label, marker=marker)
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
         if len(metrics) > 1 and axis.lines:

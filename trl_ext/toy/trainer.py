@@ -215,7 +215,7 @@ def build_alone(output_dir: str | os.PathLike[str], seed: int, scale: float, tem
     code = f"from trl_ext.toy import build_world; {call}"
     done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"the toy world at {output_dir} could not be built:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"the embedded world at {output_dir} could not be built:\n{done.stderr[-2000:]}")
 
 
 def _build_base(output: Path, base: Path, tokenizer: Any, seed: int, scale: float) -> None:
@@ -226,7 +226,7 @@ def _build_base(output: Path, base: Path, tokenizer: Any, seed: int, scale: floa
         args=SFTConfig(**_arguments(output, _BASE, seed, scale), max_length=128),
         train_dataset=Dataset.from_dict(rows),
         processing_class=tokenizer,
-        callbacks=[StageProgress("toy world 1/3: base")],
+        callbacks=[StageProgress("embedded world 1/3: base")],
     )
     _train_and_save(trainer, tokenizer, output)
 
@@ -243,7 +243,7 @@ def _build_policy(output: Path, base: Path, tokenizer: Any, seed: int, scale: fl
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(task_type="CAUSAL_LM"),
-        callbacks=[StageProgress("toy world 2/3: policy")],
+        callbacks=[StageProgress("embedded world 2/3: policy")],
     )
     _train_and_save(trainer, tokenizer, output)
 
@@ -260,7 +260,7 @@ def _build_reward(output: Path, base: Path, tokenizer: Any, seed: int, scale: fl
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(task_type="SEQ_CLS"),
-        callbacks=[StageProgress("toy world 3/3: reward")],
+        callbacks=[StageProgress("embedded world 3/3: reward")],
     )
     _train_and_save(trainer, tokenizer, output)
 
