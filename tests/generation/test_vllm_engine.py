@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback
+from transformers import BitsAndBytesConfig, TrainerCallback
 
-from tests.generation.widened import widened
+from tests.generation.widened import wide_base, widened
 from tests.ppo import tiny
 from tests.ppo.test_resume import KilledError, RaiseAfterSave
 from trl_ext import Role, SharedBaseModel
@@ -58,7 +58,8 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        # one thread: two of them wait for each other where the machine is busy, 50 times as long
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -80,16 +81,6 @@ class Served:
 def base(tmp_path_factory) -> Path:
     """A Llama of random numbers with heads as wide as the engine's attention takes them, and its tokenizer."""
     return wide_base(tmp_path_factory.mktemp("base"), torch.float32)
-
-
-def wide_base(folder: Path, dtype: torch.dtype) -> Path:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "initializer_range": 0.1}
-    config = tiny.tiny_config(**sizes | {"head_dim": 32})
-    config.num_key_value_heads = 4
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -326,6 +326,9 @@ def weights_of(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, Ten
         weight = own.get(name)
         if weight is None and last in fused:
             whole, parts = fused[last]
+            missing = [part for part in parts if f"{parent}.{part}.{kind}" not in shapes]
+            if missing:
+                raise ValueError(_unlike(f"the engine fuses '{parent}.{whole}', and the base has no {missing[0]!r}"))
             rows = [shapes[f"{parent}.{part}.{kind}"][0] for part in parts]
             place = parts.index(last)
             before, total = sum(rows[:place]), sum(rows)
