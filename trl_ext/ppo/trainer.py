@@ -138,8 +138,8 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
 
         # 2. One base, four roles
         longest = longest_request(args, self.encoder, train_dataset, eval_dataset) if uses_vllm(args) else None
-        engine = {"quantization_config": quantization_config, "longest": longest, **init_kwargs}
-        init_kwargs = init_kwargs | held_weights(args, model, peft_config, **engine)
+        loading = {"quantization_config": quantization_config, "longest": longest, **init_kwargs}
+        init_kwargs = init_kwargs | held_weights(args, model, peft_config, **loading)
         set_seed(args.seed)
         model = shared_base_model(model, peft_config, quantization_config, **init_kwargs)
         args.choose_optim(quantised=getattr(model.get_base_model(), "is_quantized", False))

@@ -79,7 +79,7 @@ def base_on(
         base.to(device)  # its buffers
     base.name_or_path = base.config.name_or_path = name
     try:
-        base.generation_config = GenerationConfig.from_pretrained(name, revision=options.get("revision"))
+        base.generation_config = GenerationConfig.from_pretrained(name, revision=options.get("revision") or "main")
     except OSError:  # it has none: transformers has made one from the model's configuration
         base.generation_config._from_model_config = True
     base.held = held
