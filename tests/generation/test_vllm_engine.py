@@ -60,7 +60,7 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        # one thread: two of them wait for each other where the machine is busy, 50 times as long
+        # one thread: two of them wait for each other where the machine is busy
         environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
