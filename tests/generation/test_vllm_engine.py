@@ -184,9 +184,11 @@ class Kill(TrainerCallback):
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_server_that_stays_away_is_a_clear_error_and_the_run_goes_on_when_it_is_back(served, base, tmp_path, lag):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "rollout_lag": lag, "vllm_wait": 2.0}
-    with pytest.raises(VLLMError, match=r"did not answer for 2 s.*trl-ext vllm-serve"):
-        fresh(served, base, tmp_path, callbacks=[Kill(served, 2)], **options).train()
-    served.start()
+    try:
+        with pytest.raises(VLLMError, match=r"did not answer for 2 s.*trl-ext vllm-serve"):
+            fresh(served, base, tmp_path, callbacks=[Kill(served, 2)], **options).train()
+    finally:
+        served.start()
     trainer = fresh(served, base, tmp_path, **options)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
