@@ -57,6 +57,8 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "vllm_timeout",
         "vllm_wait",
         "vllm_max_logp_difference",
+        "vllm_one_copy",
+        "vllm_kv_cache_gib",
     ),
     # Another card may need them; results differ by rounding. Of `model_init_kwargs` the base is compared, and its bits
     "precision and machine": (

@@ -16,17 +16,19 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerCallback
+from transformers import BitsAndBytesConfig, TrainerCallback
 
-from tests.generation.widened import widened
+from tests.generation.draws import deviations
+from tests.generation.widened import wide_base, widened
 from tests.ppo import tiny
 from tests.ppo.test_resume import KilledError, RaiseAfterSave
 from trl_ext import Role, SharedBaseModel
-from trl_ext.generation.vllm import VLLMEngine
+from trl_ext.generation.vllm import VLLMEngine, row_seeds
 from trl_ext.generation.vllm_options import VLLMOptions
 from trl_ext.generation.vllm_probe import check_server, difference, our_logps, random_adapter, random_prompts
 from trl_ext.generation.vllm_server import SamplingParameters, VLLMError
 from trl_ext.scripts.vllm_serve import find_vllm
+from trl_ext.text import pad_ids
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 START_SECONDS = 600
@@ -58,7 +60,8 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        # one thread: two of them wait for each other where the machine is busy
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -80,16 +83,6 @@ class Served:
 def base(tmp_path_factory) -> Path:
     """A Llama of random numbers with heads as wide as the engine's attention takes them, and its tokenizer."""
     return wide_base(tmp_path_factory.mktemp("base"), torch.float32)
-
-
-def wide_base(folder: Path, dtype: torch.dtype) -> Path:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "initializer_range": 0.1}
-    config = tiny.tiny_config(**sizes | {"head_dim": 32})
-    config.num_key_value_heads = 4
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +116,27 @@ def test_every_version_of_an_adapter_gives_what_we_compute(served, base, tmp_pat
     assert check_server(engine, parameters, tiny.tiny_tokenizer()) < 1e-5
     engine.close()
     assert [entry["id"] for entry in engine.server.models()] == ["base"]
+
+
+def test_completions_are_drawn_from_the_policy_itself(served, base, tmp_path):
+    model = SharedBaseModel.from_pretrained(str(base), peft_config=tiny.lora()).eval()
+    engine = VLLMEngine(model, VLLMOptions(served.url), tmp_path)
+    prompts = random_prompts(tiny.tiny_tokenizer(), 0) * 50
+    with random_adapter(model, 0, 0.3):
+        engine.sync(Role.POLICY)
+        seeds = row_seeds(0, 0, len(prompts))
+        found = [each[0].ids for each in engine.sample(prompts, seeds, SamplingParameters(12, (1,), temperature=0.8))]
+        ids, mask = pad_ids([prompt + own for prompt, own in zip(prompts, found, strict=True)], 0, left=False)
+        with torch.no_grad():
+            every = model(ids, mask).logits / 0.8
+    engine.close()
+    places = [slice(len(prompt) - 1, len(prompt) - 1 + len(own)) for prompt, own in zip(prompts, found, strict=True)]
+    logits = [rows[place] for rows, place in zip(every, places, strict=True)]
+    assert sum(map(len, found)) > 1000
+    told = deviations(logits, found, [1])
+    print(f"\n{sum(map(len, found))} tokens: {told}")
+    assert max(map(abs, told.values())) < 4
+    assert deviations([0.8 * rows for rows in logits], found, [1])["surprise"] < -4, "another temperature shows"
 
 
 def test_a_rank_above_the_servers_is_refused_with_the_flag(served, base, tmp_path):
@@ -170,9 +184,11 @@ class Kill(TrainerCallback):
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_server_that_stays_away_is_a_clear_error_and_the_run_goes_on_when_it_is_back(served, base, tmp_path, lag):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "rollout_lag": lag, "vllm_wait": 2.0}
-    with pytest.raises(VLLMError, match=r"did not answer for 2 s.*recipes/vllm_serve.py"):
-        fresh(served, base, tmp_path, callbacks=[Kill(served, 2)], **options).train()
-    served.start()
+    try:
+        with pytest.raises(VLLMError, match=r"did not answer for 2 s.*trl-ext vllm-serve"):
+            fresh(served, base, tmp_path, callbacks=[Kill(served, 2)], **options).train()
+    finally:
+        served.start()
     trainer = fresh(served, base, tmp_path, **options)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4

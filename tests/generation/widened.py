@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from tests.ppo import tiny
+
 
 def widened(source: Path, target: Path) -> Path:
     """Write the model with heads of twice the width, and its tokenizer, into `target`."""
@@ -36,3 +38,14 @@ def widened(source: Path, target: Path) -> Path:
     wide.save_pretrained(target)
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
     return target
+
+
+def wide_base(folder: Path, dtype: torch.dtype) -> Path:
+    """A Llama of random numbers with heads as wide as the engine's attention takes them, and its tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "initializer_range": 0.1}
+    config = tiny.tiny_config(**sizes | {"head_dim": 32})
+    config.num_key_value_heads = 4
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    return folder

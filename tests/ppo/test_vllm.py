@@ -149,6 +149,26 @@ def test_an_empty_completion_is_counted_and_trained_around(world, tmp_path, serv
     assert entry[LARGEST] < 1e-5
 
 
+def test_the_same_completions_train_the_same_policy_whoever_samples_them(world, tmp_path, server):
+    options = {"dataset": tiny.prompts(16), "max_steps": 4, "num_iterations": 2}
+    first = tiny.trainer(world, tmp_path / "server", **through(server, **options))
+    roles = (Role.POLICY, Role.CRITIC)
+    start = {role: tiny.role_weights(first.model, role) for role in roles}
+    sampled, complete = [], first._complete
+    first._complete = lambda prompts: sampled.append(complete(prompts)) or sampled[-1]
+    first.train()
+    second = tiny.trainer(world, tmp_path / "generate", **options)
+    second._complete = lambda prompts: sampled.pop(0)
+    second.train()
+    assert not sampled
+    for role in roles:
+        ours, theirs = (tiny.role_weights(trainer.model, role) for trainer in (first, second))
+        moved = max(float((ours[name] - weight).abs().max()) for name, weight in start[role].items())
+        apart = max(float((ours[name] - weight).abs().max()) for name, weight in theirs.items())
+        assert apart < 1e-3 * moved
+        assert moved > 1e-3
+
+
 def test_what_the_server_is_off_by_is_weighed_in_the_loss(world, tmp_path):
     sampling = Sampling(world / "base")
     with StandIn(**sampling.hooks()) as server:

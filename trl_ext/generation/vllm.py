@@ -32,6 +32,7 @@ from trl_ext.generation.vllm_server import (
 )
 from trl_ext.roles import AdapterWeights, Role, SharedBaseModel
 from trl_ext.roles.folders import adapter_digest
+from trl_ext.roles.held import held_by
 
 LOGGER = logging.getLogger(__name__)
 FOLDER = "vllm_adapters"
@@ -63,6 +64,7 @@ class VLLMEngine:
 
     Raises:
         VLLMError: The server does not answer, or serves no base.
+        ValueError: `vllm_one_copy` and a model that was not made of an engine's weights.
     """
 
     def __init__(
@@ -74,7 +76,11 @@ class VLLMEngine:
     ):
         self.model, self.options = model, options
         self.processes: Any = PartialState()
-        self.server = VLLMServer(str(options.vllm_server_url), options.vllm_timeout, options.vllm_wait)
+        self.server: Any = None
+        if getattr(options, "vllm_one_copy", False):
+            self.server = held_by(model).holder
+        else:
+            self.server = VLLMServer(str(options.vllm_server_url), options.vllm_timeout, options.vllm_wait)
         self.versions: Any = None  # of the main process
         self._published: dict[Role, Published] = {}  # of the main process
         self.ahead = False

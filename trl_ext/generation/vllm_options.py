@@ -1,5 +1,6 @@
 """Options of sampling through a vLLM server, the same for everything that samples."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -62,9 +63,27 @@ class VLLMRolloutOptions(VLLMOptions):
             "neither waits for the other; its policy is then one update old, which the importance weights make up for."
         },
     )
+    vllm_one_copy: bool = field(
+        default=False,
+        metadata={
+            "help": "Experimental, not run on a card: instead of a server, vLLM in the trainer's own process, with one "
+            "copy of the base for both. One process, and vLLM in the trainer's environment."
+        },
+    )
+    vllm_kv_cache_gib: Annotated[float, above(0)] = field(
+        default=1.0,
+        metadata={"help": "GiB of the KV cache with vllm_one_copy; they are given back while nothing is sampled."},
+    )
 
 
 CORRECTION = ("vllm_importance_sampling_correction", "vllm_importance_sampling_clip_max", "rollout_lag")
+OF_ONE_COPY = ("vllm_kv_cache_gib",)
+OF_A_SERVER = ("vllm_timeout", "vllm_wait", "rollout_lag")
+
+
+def uses_vllm(args: Any) -> bool:
+    """Whether vLLM samples, in a server or in this process."""
+    return args.vllm_server_url is not None or getattr(args, "vllm_one_copy", False)
 
 
 def check_vllm_options(args: Any, others: tuple[str, ...] = ()) -> None:
@@ -77,14 +96,16 @@ def check_vllm_options(args: Any, others: tuple[str, ...] = ()) -> None:
     Raises:
         ValueError: What is wrong, and what to write.
     """
-    url = args.vllm_server_url
+    url, one_copy = args.vllm_server_url, getattr(args, "vllm_one_copy", False)
+    if one_copy and url is not None:
+        raise ValueError(f"vllm_one_copy=True and vllm_server_url={url!r} do not go together: drop one.")
+    if one_copy:
+        _refuse_given(args, OF_A_SERVER, "belongs to a server, and vllm_one_copy=True has none: leave it out.")
+        return
+    _refuse_given(args, OF_ONE_COPY, "does nothing without vllm_one_copy: set that, or leave it out.")
     if url is None:
-        defaults = {f.name: f.default for f in fields(args)}
-        for name in [*(f.name for f in fields(VLLMOptions)), *others]:
-            if getattr(args, name) != defaults[name]:
-                raise ValueError(
-                    f"{name}={getattr(args, name)!r} does nothing without vllm_server_url: set that, or leave it out."
-                )
+        names = [*(f.name for f in fields(VLLMOptions)), *others]
+        _refuse_given(args, names, "does nothing without vllm_server_url: set that, or leave it out.")
         return
     try:
         parts = urlsplit(url)
@@ -96,3 +117,10 @@ def check_vllm_options(args: Any, others: tuple[str, ...] = ()) -> None:
         raise ValueError(
             f"vllm_server_url={url!r} must be the address of a server alone: http://localhost:8000, without a path."
         )
+
+
+def _refuse_given(args: Any, names: Iterable[str], why: str) -> None:
+    defaults = {f.name: f.default for f in fields(args)}
+    for name in names:
+        if getattr(args, name, defaults.get(name)) != defaults.get(name):
+            raise ValueError(f"{name}={getattr(args, name)!r} {why}")

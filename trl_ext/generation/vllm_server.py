@@ -169,7 +169,7 @@ class VLLMServer:
                 f"({type(error).__name__}): whether it is there is not known. Look at the server's log."
             ) from error
         if status != 200:
-            raise VLLMError(f"{self.url} did not load the adapter {path}: {_told(text)} {_remedy(status, text)}")
+            raise VLLMError(f"{self.url} did not load the adapter {path}: {_told(text)} {remedy(status, text)}")
 
     def unload(self, name: str) -> None:
         """Unload an adapter; one that the server does not have is no error.
@@ -357,7 +357,7 @@ def _told(text: str) -> str:
     return (found.group(1) if found else text)[:TOLD]
 
 
-def _remedy(status: int, text: str) -> str:
+def remedy(status: int, text: str) -> str:
     """What to do about an adapter that was not loaded."""
     said = text.lower()
     if "rank" in said:

@@ -9,17 +9,45 @@ from torch import Tensor
 from transformers import Trainer
 
 from trl_ext.generation.from_trl import Completions, complete
+from trl_ext.generation.in_process import engine_first
 from trl_ext.generation.vllm import VLLMGeneration
+from trl_ext.generation.vllm_options import uses_vllm
 from trl_ext.generation.vllm_probe import checked_engine
 from trl_ext.generation.vllm_server import SamplingParameters, VLLMError
 from trl_ext.ops.masking import masked_mean
 from trl_ext.ops.sampler import importance_weights, sampler_figures, sampler_sums
 from trl_ext.ppo.ahead import RolloutAhead
 from trl_ext.ppo.rollout import Rollout
+from trl_ext.roles.held import HeldWeights, check_held, held_by
 from trl_ext.runs import RunGuard
 from trl_ext.text import TextEncoder
 
 WARPERS = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+
+
+def check_sampler(args: Any, model: Any, rollout_func: Any) -> None:
+    """Check that whatever samples goes with the model and with what else completes prompts.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if rollout_func is not None and uses_vllm(args):
+        given = f"vllm_server_url={args.vllm_server_url!r}" if args.vllm_server_url else "vllm_one_copy=True"
+        raise ValueError(f"rollout_func and {given} do not go together: drop one.")
+    if args.vllm_one_copy and not isinstance(model, str):
+        held_by(model)
+
+
+def held_weights(args: Any, model: Any, adapter: Any, **options: Any) -> dict[str, HeldWeights]:
+    """Where there is one copy for both, the engine's weights, as an option of `shared_base_model`; else nothing.
+
+    Args:
+        args: `PPOMaxConfig`.
+        model, adapter, options: Those of `engine_first`; a model that is loaded already has its engine.
+    """
+    if not args.vllm_one_copy or not isinstance(model, str):
+        return {}
+    return {"held": engine_first(model, adapter, args, **options)}
 
 
 class CompletesPrompts(Trainer):
@@ -40,7 +68,7 @@ class CompletesPrompts(Trainer):
     _sum: Any
 
     def use_server(self, encoder: TextEncoder, longest: int | None) -> None:
-        """Sample from the server at `vllm_server_url` from now on, once it computes what the model does.
+        """Sample from the server, or the vLLM of this process, from now on, once it computes what the model does.
 
         Args:
             encoder: Of the model's tokenizer.
@@ -48,6 +76,7 @@ class CompletesPrompts(Trainer):
 
         Raises:
             VLLMError: The server does not answer, or computes something else.
+            ValueError: With one copy for both, a weight of the base that is another.
         """
         args = self.args
         parameters = SamplingParameters(
@@ -59,6 +88,9 @@ class CompletesPrompts(Trainer):
             args.min_p or 0.0,
             args.repetition_penalty,
         )
+        if args.vllm_one_copy:
+            weights = ((name, p) for name, p in self.model.named_parameters() if self.model.owner(name) is None)
+            check_held(weights, held_by(self.model))
         given = (self.model, args, parameters, encoder.tokenizer, str(args.output_dir))
         engine = checked_engine(*given, longest=longest, seed=args.seed)
         self.vllm_generation = VLLMGeneration(engine, parameters, encoder.pad_id)
@@ -133,7 +165,7 @@ class CompletesPrompts(Trainer):
     def _why_so_far(self, rollout: Rollout, theirs: Tensor, mask: Tensor, mean: float, bound: float) -> str:
         args = self.args
         found = (
-            f"the vLLM server at {args.vllm_server_url} sampled with log-probabilities that are {mean:.3g} nats a "
+            f"{self.vllm_generation.engine.server.url} sampled with log-probabilities that are {mean:.3g} nats a "
             f"token from the policy's on average, more than vllm_max_logp_difference="
             f"{args.vllm_max_logp_difference:g}"
         )

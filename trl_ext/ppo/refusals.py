@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from trl_ext.generation.vllm_options import CORRECTION, check_vllm_options
+from trl_ext.generation.vllm_options import CORRECTION, check_vllm_options, uses_vllm
 
 # Of `generation_kwargs`: what has a field of its own, or comes from elsewhere
 HAVE_THEIR_PLACE = {
@@ -93,7 +93,7 @@ def check_vllm_server(args: Any) -> None:
                 f"{name}={getattr(args, name)!r} is one of use_vllm, which has no place in PPO-Max: leave it out, and "
                 "see vllm_server_url and `trl-ext vllm-serve`."
             )
-    if args.vllm_server_url is None:
+    if not uses_vllm(args):
         return
     if args.rollout_lag and not args.vllm_importance_sampling_correction:
         raise ValueError(
@@ -112,7 +112,8 @@ def check_vllm_server(args: Any) -> None:
     }
     for name, (value, remedy) in left_out.items():
         if value is not None:
-            raise ValueError(f"{name}={value!r} does not go with vllm_server_url: {remedy}.")
+            given = "vllm_one_copy" if args.vllm_server_url is None else "vllm_server_url"
+            raise ValueError(f"{name}={value!r} does not go with {given}: {remedy}.")
 
 
 def check_generation_kwargs(args: Any) -> None:

@@ -11,12 +11,13 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import RLOOTrainer
 
 from trl_ext.engines import check_engine, is_fsdp, zero_stage
+from trl_ext.generation.vllm_options import uses_vllm
 from trl_ext.ops.ensemble import check_weights
 from trl_ext.ppo import logging
 from trl_ext.ppo.beside import BesideTheLoop
 from trl_ext.ppo.callback import PPOStateCallback
 from trl_ext.ppo.card import model_card
-from trl_ext.ppo.completing import CompletesPrompts
+from trl_ext.ppo.completing import CompletesPrompts, check_sampler, held_weights
 from trl_ext.ppo.config import PPOMaxConfig
 from trl_ext.ppo.data import PTXBatches, check_inputs, longest_request, ptx_batches
 from trl_ext.ppo.guard import completion_figures
@@ -102,8 +103,7 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
         init_kwargs = {"trust_remote_code": args.trust_remote_code, **given}
 
         # 1. Everything that can be wrong without a model
-        if rollout_func is not None and args.vllm_server_url is not None:
-            raise ValueError(f"rollout_func and vllm_server_url={args.vllm_server_url!r} do not go together: drop one.")
+        check_sampler(args, model, rollout_func)
         self.rollout_func = rollout_func
         kept = {k: init_kwargs[k] for k in ("revision", "trust_remote_code") if k in init_kwargs}
         tokenizer: Any = processing_class or load_tokenizer(base_name, truncation_side="left", **kept)
@@ -137,6 +137,9 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
         self._ptx = None if ptx_dataset is None else ptx_batches(ptx_dataset, self.encoder, args)
 
         # 2. One base, four roles
+        longest = longest_request(args, self.encoder, train_dataset, eval_dataset) if uses_vllm(args) else None
+        loading = {"quantization_config": quantization_config, "longest": longest, **init_kwargs}
+        init_kwargs = init_kwargs | held_weights(args, model, peft_config, **loading)
         set_seed(args.seed)
         model = shared_base_model(model, peft_config, quantization_config, **init_kwargs)
         args.choose_optim(quantised=getattr(model.get_base_model(), "is_quantized", False))
@@ -162,8 +165,8 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
             model.freeze_attention(Role.CRITIC)
         check_engine(self.accelerator, model, args.optim)
         args.warn_about_off_policy_sampling()
-        if args.vllm_server_url is not None:
-            self.use_server(self.encoder, longest_request(args, self.encoder, train_dataset, eval_dataset))
+        if uses_vllm(args):
+            self.use_server(self.encoder, longest)
 
         # 4. What PPO adds
         self.reward_sources = sources

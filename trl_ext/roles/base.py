@@ -9,6 +9,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from trl_ext.ops.precision import best_dtype
+from trl_ext.roles.held import HeldWeights, base_on, check_held
 
 
 def load_base(
@@ -16,6 +17,7 @@ def load_base(
     *,
     quantization_config: BitsAndBytesConfig | None = None,
     dtype: str | torch.dtype = "auto",
+    held: HeldWeights | None = None,
     **model_init_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a causal language model with every parameter frozen.
@@ -26,6 +28,7 @@ def load_base(
         dtype (`str` or `torch.dtype`): Of the weights; "auto" is what the checkpoint holds, float16 for bfloat16 on a
             card that has none, and float32 on a CPU, which computes with 16 bits slowly. A frozen base needs no float32
             master copy.
+        held: Weights that an engine has loaded already, which are taken in place of the checkpoint's.
         model_init_kwargs: Passed on to `AutoModelForCausalLM.from_pretrained` (`revision`, `attn_implementation`,
             `device_map`, `trust_remote_code`, ...).
 
@@ -44,12 +47,7 @@ def load_base(
             f"{model_name_or_path} is quantised by {method} already, quantization_config (load_in_4bit) would do it "
             "again. Drop it, or give the model that is not quantised."
         )
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype)
-    if dtype == "auto" and quantization_config is None and method is None and PartialState().device.type == "cpu":
-        dtype = torch.float32
-    elif dtype == "auto" and best_dtype() == torch.float16:
-        dtype = torch.float16 if config.dtype == torch.bfloat16 else "auto"
+    dtype = dtype_of_base(config, dtype, quantised=quantization_config is not None or method is not None)
     if quantization_config is not None or method == "bitsandbytes":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ImportError("a quantised base needs bitsandbytes: pip install bitsandbytes")
@@ -59,10 +57,14 @@ def load_base(
     model_init_kwargs.setdefault("trust_remote_code", False)
     if quantization_config is not None:  # None would take the place of the checkpoint's own
         model_init_kwargs["quantization_config"] = quantization_config
-    made: Any = AutoModelForCausalLM.from_pretrained(
-        model_name_or_path, dtype=dtype, output_loading_info=True, **model_init_kwargs
-    )
-    base, loaded = made
+    base: Any
+    if held is not None:
+        base, loaded = base_on(held, config, quantization_config, model_init_kwargs)
+    else:
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, dtype=dtype, output_loading_info=True, **model_init_kwargs
+        )
+        base, loaded = made
     _check_complete(base, model_name_or_path, loaded["missing_keys"])
     quantizer = getattr(base, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:
@@ -71,7 +73,21 @@ def load_base(
             "it. Give the model that is not quantised, with quantization_config (load_in_4bit)."
         )
     keep_trainable(base)
-    return base.requires_grad_(False)
+    base.requires_grad_(False)
+    if held is not None:
+        check_held(base.named_parameters(), held)
+    return base
+
+
+def dtype_of_base(config: Any, dtype: str | torch.dtype = "auto", quantised: bool = False) -> str | torch.dtype:
+    """The type that `load_base` loads weights in; "auto" where that is the checkpoint's."""
+    if isinstance(dtype, str) and dtype != "auto":
+        return getattr(torch, dtype)
+    if dtype == "auto" and not quantised and PartialState().device.type == "cpu":
+        return torch.float32
+    if dtype == "auto" and best_dtype() == torch.float16 and config.dtype == torch.bfloat16:
+        return torch.float16
+    return dtype
 
 
 def _check_complete(base: Any, name: str, missing: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from trl import get_peft_config, get_quantization_config
 
 from trl_ext.ops.precision import best_dtype
-from trl_ext.roles import RewardModel, SharedBaseModel, load_base
+from trl_ext.roles import RewardModel, SharedBaseModel, load_base, read_adapter
 from trl_ext.roles.identity import record_of
 from trl_ext.scripts.arguments import LORA
 from trl_ext.scripts.parsing import Given
@@ -83,7 +83,14 @@ def fresh_adapter(given: Given, model_args: Any, task: str = "CAUSAL_LM") -> Any
     return get_peft_config(model_args)
 
 
-def load_policy(given: Given, recipe: Any, model_args: Any, training: Any = None, **more: Any) -> SharedBaseModel:
+def load_policy(
+    given: Given,
+    recipe: Any,
+    model_args: Any,
+    training: Any = None,
+    longest: int | None = None,
+    **more: Any,
+) -> SharedBaseModel:
     """The base that the flags name, in 4 bits if they say so, with policy and reward adapters.
 
     Args:
@@ -91,15 +98,25 @@ def load_policy(given: Given, recipe: Any, model_args: Any, training: Any = None
         recipe: With `policy_adapter` and `reward_adapter`.
         model_args: `ModelConfig`.
         training: Of the run, if there is one: precision, `model_init_kwargs`.
+        longest: Tokens of the longest prompt and its completion, for an engine in this process.
         more: Further options of `SharedBaseModel.from_pretrained`.
     """
+    name, quantization = model_args.model_name_or_path, quantization_of(model_args, training)
+    fresh = None if recipe.policy_adapter else fresh_adapter(given, model_args)
+    options = base_options(model_args, training)
+    if getattr(training, "vllm_one_copy", False):
+        from trl_ext.generation.in_process import engine_first
+
+        adapter = read_adapter(recipe.policy_adapter, "policy_adapter").config if recipe.policy_adapter else fresh
+        engine = {"quantization_config": quantization, "longest": longest, **options}
+        more["held"] = engine_first(name, adapter, training, **engine)
     return SharedBaseModel.from_pretrained(
-        model_args.model_name_or_path,
+        name,
         policy_adapter=recipe.policy_adapter,
         reward_adapter=recipe.reward_adapter or None,
-        peft_config=None if recipe.policy_adapter else fresh_adapter(given, model_args),
-        quantization_config=quantization_of(model_args, training),
-        **base_options(model_args, training),
+        peft_config=fresh,
+        quantization_config=quantization,
+        **options,
         **more,
     )
 

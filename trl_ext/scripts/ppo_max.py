@@ -119,7 +119,7 @@ def real_inputs(
     Raises:
         ValueError: No dataset, nothing that scores, or data that cannot be trained on.
     """
-    from trl_ext.ppo.data import check_inputs
+    from trl_ext.ppo.data import check_inputs, longest_request
     from trl_ext.roles import load_base_config, max_positions
     from trl_ext.scripts.plan_memory import plan_of_run
 
@@ -135,9 +135,10 @@ def real_inputs(
     plan = None
     if recipe.auto_batch or training.device.type == "cuda":  # before the weights are loaded
         plan = plan_of_run(recipe, training, model_args, given, train)
+    longest = longest_request(training, encoder, train, test) if training.vllm_one_copy else None
     more = {"critic_adapter": recipe.critic_adapter, "adapter_dtype": recipe.adapter_dtype}
     inputs = {
-        "model": load_policy(given, recipe, model_args, training, **more),
+        "model": load_policy(given, recipe, model_args, training, longest, **more),
         "reward_funcs": functions,
         "train_dataset": train,
         "eval_dataset": test,
