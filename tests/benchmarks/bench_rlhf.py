@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_rlhf.py iterate --output_dir runs/iterate --seeds 0 1 2
     python tests/benchmarks/bench_rlhf.py processes --output_dir runs/processes --model tinychat-3m --data data/hh
 
-`iterate`: rounds of labels against as many at once, with as many PPO samples: gold reward of the last policy, and
-what the reward models that PPO had say of it, by round. The SFT policy is the same.
+`iterate`: rounds of labels against as many at once, with as many PPO samples: gold reward, and how far what the reward
+models say of the policy is from it, by round. What is done is not repeated.
 `processes`: SFT, a reward model and PPO-Max in one process by recipes/rlhf.py, and in three by TRL's SFTTrainer,
 recipes/reward_model.py and recipes/ppo_max.py, on the same work: seconds, and the largest resident memory of a process.
 """
@@ -38,35 +38,120 @@ trainer.model.save_pretrained(output)
 # ---------------------------------------------------------------------- rounds
 
 
-def iterate(options: argparse.Namespace) -> dict[str, Any]:
-    """Figures of each seed and arm, by round."""
-    from trl_ext.scripts import rlhf
+ARMS = {
+    "rounds": "labels in rounds",
+    "once": "all labels at once",
+    "moved": "all labels at once, the KL penalty to where each third of PPO begins",
+}
 
+
+def iterate(options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of each arm and seed, by round; those that are done are not repeated.
+
+    All arms of a seed have the same base, SFT policy, prompts and held-out prompts, `rounds` times `labels` labels,
+    as many optimizer steps of the reward models (to a step or two) and as many PPO samples. `moved` tells what the
+    labels do from what it does that each round of PPO begins, and is held, where the last one ended.
+    """
     found: dict[str, Any] = {}
     for seed in options.seeds:
-        for arm, rounds in (("rounds", options.rounds), ("once", 1)):
-            folder = Path(options.output_dir) / f"{arm}-{seed}"
-            pairs = options.labels if arm == "rounds" else options.labels * options.rounds
-            steps = options.steps if arm == "rounds" else options.steps * options.rounds
-            _take(options, folder, seed)
-            flags = [f"--output_dir={folder}", f"--seed={seed}", f"--rounds={rounds}", f"--world_pairs={pairs}"]
-            flags += [f"--max_steps={steps}", "--config=rlhf_toy", "--disable_tqdm=true", "--judge=none"]
-            flags += ["--sft_config=sft_toy", "--reward_config=reward_toy", "--write_report=false"]
-            if arm == "rounds":
-                flags += [f"--labels_per_round={options.labels}", "--random_share=0"]
-                flags += [f"--sampled_prompts={options.prompts}"]
-            rlhf.main(flags)
-            found[f"{arm}-{seed}"] = json.loads((folder / "rounds.json").read_text())
+        for arm in ARMS:
+            found[f"{arm}-{seed}"] = _arm(options, arm, seed)
             (Path(options.output_dir) / "results.json").write_text(json.dumps(found, indent=1))
     return found
 
 
+def _arm(options: argparse.Namespace, arm: str, seed: int) -> list[dict[str, float]]:
+    """What the policy is worth after each part of its training: `_figures`."""
+    from trl_ext.scripts import rlhf, rlhf_rounds, rlhf_stages
+
+    folder = Path(options.output_dir) / f"{arm}-{seed}"
+    _take(options, folder, seed)
+    rounds = options.rounds
+    labels, steps, config = options.labels, options.steps, "reward_toy"
+    if arm != "rounds":
+        labels, config = labels * rounds, _longer_rewards(options)
+    flags = [f"--output_dir={folder}", f"--seed={seed}", f"--rounds={rounds}", f"--world_pairs={labels}"]
+    flags += ["--config=rlhf_toy", "--disable_tqdm=true", "--judge=none", "--write_report=false", "--random_share=0"]
+    flags += [f"--labels_per_round={options.labels}", f"--sampled_prompts={options.prompts}", "--judged_prompts=512"]
+    flags += ["--sft_config=sft_toy", f"--reward_config={config}", f"--choose={options.choose}"]
+    flags += [f"--learning_rate={options.learning_rate}"]
+    parts = 1 if arm == "once" else rounds
+    work = rlhf_stages.prepare(*rlhf.parse([*flags, f"--max_steps={steps * rounds // parts}"]), print)
+    sft = policy = rlhf_stages.run_sft(work)
+    critic: Path | None = None
+    sets, rewards, course = {"start": work.preferences}, list[Path](), list[dict[str, float]]()
+    for number in range(1, parts + 1):
+        if number > 1 and arm == "rounds":
+            sets[f"round_{number}"] = rlhf_rounds.label_round(work, number, policy, rewards, sets)
+        if number == 1 or arm == "rounds":
+            rewards = rlhf_stages.run_rewards(work, number, sets, rewards)
+        policy = rlhf_stages.run_ppo(work, number, policy, critic, rewards)
+        critic = policy / "critic"
+        part = {"round": number * rounds // parts, "accuracy": _accuracy(rewards[0].parent)}
+        course.append(part | _figures(work, sft, policy, rewards))
+        print(arm, seed, course[-1], flush=True)
+    return course
+
+
 def _take(options: argparse.Namespace, folder: Path, seed: int) -> None:
-    """The base and the SFT policy of the other arm, which are the same."""
-    other = Path(options.output_dir) / f"rounds-{seed}"
-    for part in ("world", "sft"):
+    """What another arm has made of the same: the base, the SFT policy, the reward models of all labels."""
+    root = Path(options.output_dir)
+    places = [(root / f"rounds-{seed}", part) for part in ("world", "sft")]
+    if folder.name.startswith("moved"):
+        places.append((root / f"once-{seed}", "round_1/reward"))
+    for other, part in places:
         if (other / part).is_dir() and not (folder / part).exists():
             shutil.copytree(other / part, folder / part)
+
+
+def _longer_rewards(options: argparse.Namespace) -> Path:
+    """Reward models on all labels at once, with as many steps as those of the rounds together."""
+    import yaml
+
+    from trl_ext.scripts.configs import CONFIGS
+
+    config = yaml.safe_load((CONFIGS / "reward_toy.yaml").read_text())
+    config["num_train_epochs"] *= (options.rounds + 1) / 2  # 1 + 2 + ... + N times a round's labels, of N
+    path = Path(options.output_dir) / "reward_longer.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def _accuracy(folder: Path) -> float:
+    found = json.loads((folder / "accuracy.json").read_text())
+    return float(sum(found) / len(found))
+
+
+def _figures(work: Any, sft: Path, policy: Path, rewards: list[Path]) -> dict[str, float]:
+    """Gold and proxy of a policy on held-out prompts.
+
+    Both have one unit: `gold_gain` and `proxy_gain` are how far their mean is above that of the SFT policy, in standard
+    deviations over the answers of the SFT policy; the gap is their difference. `rank` is Spearman's correlation of
+    proxy and gold over the answers of the policy. The proxy is the mean of the reward models that PPO had, `judge` the
+    one that it had not.
+    """
+    from scipy.stats import spearmanr
+
+    from trl_ext.scripts.judging import member_scores
+    from trl_ext.scripts.rlhf_rounds import answer, answers_path, sampling_facts
+    from trl_ext.scripts.rlhf_stages import paying
+    from trl_ext.toy.task import gold_score
+
+    prompts = work.held_out.select(range(min(work.recipe.judged_prompts, len(work.held_out))))
+    told: list[dict[str, Any]] = []
+    for each, folder in ((sft, work.folder), (policy, policy.parent)):
+        rows = answer(work, each, prompts, answers_path(folder, sampling_facts(work, prompts, each)), 1)
+        texts = [row["responses"][0] for row in rows]
+        scores = member_scores(work.base, work.encoder, rewards, [row["prompt"] for row in rows], texts)[0].numpy()
+        told.append({"gold": [gold_score(text) for text in texts], "proxy": scores[:, : len(paying(rewards))].mean(1)})
+        told[-1] |= {"judge": scores[:, -1], "length": [len(text) for text in texts]}
+    import numpy as np
+
+    start, now = ({name: np.asarray(values) for name, values in side.items()} for side in told)
+    gains = {f"{k}_gain": (now[k].mean() - start[k].mean()) / start[k].std() for k in ("gold", "proxy", "judge")}
+    found = gains | {"gold": now["gold"].mean(), "gold_sft": start["gold"].mean(), "length": now["length"].mean()}
+    found |= {"rank": spearmanr(now["proxy"], now["gold"])[0], "different": len(set(texts)) / len(texts)}
+    return {name: float(value) for name, value in found.items()}
 
 
 def picture(found: dict[str, Any], path: Path) -> None:
@@ -76,19 +161,22 @@ def picture(found: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    for arm, style in (("rounds", "o-"), ("once", "s")):
-        runs = [run for name, run in found.items() if name.startswith(arm)]
-        last = max(len(run) for run in found.values())
-        at = [entry["round"] for entry in runs[0]] if arm == "rounds" else [last]
-        gold = np.array([[entry["gold"] for entry in run] for run in runs])
-        gap = np.array([[entry["proxy"] - entry["gold"] for entry in run] for run in runs])
-        for axis, table in zip(axes, (gold, gap), strict=True):
-            axis.errorbar(at, table.mean(0), yerr=table.std(0), fmt=style, capsize=3, label=arm)
-    for axis, title in zip(axes, ("gold reward", "proxy less gold"), strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    titles = ("gold reward", "gap: gain of proxy less gain of gold", "rank correlation of proxy and gold")
+    for shift, (arm, style) in enumerate(zip(ARMS, ("o-", "s", "^--"), strict=True)):
+        runs = [run for name, run in found.items() if name.startswith(f"{arm}-")]
+        at = np.array([part["round"] for part in runs[0]]) + 0.04 * (shift - 1)
+        gold, gain, proxy, rank = (
+            np.array([[part[name] for part in run] for run in runs])
+            for name in ("gold", "gold_gain", "proxy_gain", "rank")
+        )
+        for axis, table in zip(axes, (gold, proxy - gain, rank), strict=True):
+            axis.errorbar(at, table.mean(0), yerr=table.std(0, ddof=len(runs) > 1), fmt=style, capsize=3, label=arm)
+    for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="round")
+        axis.set_xticks(range(1, 1 + max(part["round"] for run in found.values() for part in run)))
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+    axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -170,8 +258,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--labels", type=int, default=300, help="of a round")
-    parser.add_argument("--steps", type=int, default=32, help="optimizer steps of PPO in a round, or of each stage")
+    parser.add_argument("--steps", type=int, default=48, help="optimizer steps of PPO in a round, or of each stage")
     parser.add_argument("--prompts", type=int, default=500, help="answered to choose pairs from")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of PPO in the rounds, where it starts")
+    parser.add_argument("--choose", default="information", help="how the pairs of a round are chosen")
     parser.add_argument("--model")
     parser.add_argument("--data")
     parser.add_argument("--rows", type=int, default=256)

@@ -8,6 +8,7 @@ import shutil
 import textwrap
 from dataclasses import dataclass
 
+from trl_ext.scripts.feedback_pages import AGREEMENT, CHOOSE, JUDGE, LABEL, RED_TEAM, REWARD_SHIFT, RLHF
 from trl_ext.scripts.pages import (
     COMPARE,
     EVALUATE,
@@ -52,7 +53,7 @@ COMMANDS: dict[str, Command] = {
     "pipeline": Command(
         "trl_ext.scripts.pipeline", "preferences -> reward models -> PPO-Max -> judgement", PIPELINE, launched=True
     ),
-    "rlhf": Command("trl_ext.scripts.rlhf", "SFT -> reward models -> PPO-Max -> judge, in rounds, on one base"),
+    "rlhf": Command("trl_ext.scripts.rlhf", "SFT -> reward models -> PPO-Max -> judge, in rounds, on one base", RLHF),
     "sample": Command("trl_ext.scripts.sample_responses", "sample and score responses, into a file", SAMPLE),
     "evaluate": Command(
         "trl_ext.scripts.evaluate_policy", "a finished policy on held-out prompts", EVALUATE, launched=True
@@ -66,12 +67,14 @@ COMMANDS: dict[str, Command] = {
     "preference-strength": Command(
         "trl_ext.scripts.preference_strength", "find labels that reward models doubt", STRENGTH, launched=True
     ),
-    "choose": Command("trl_ext.scripts.choose", "which pairs of answers people should label next"),
-    "label": Command("trl_ext.scripts.label", "label pairs on a local page"),
-    "agreement": Command("trl_ext.scripts.agreement", "how far annotators agree; labels to preferences"),
-    "judge": Command("trl_ext.scripts.judge", "two policies' answers, judged by a model"),
-    "red-team": Command("trl_ext.scripts.red_team", "what a policy refuses of harmful and harmless prompts"),
-    "reward-shift": Command("trl_ext.scripts.reward_shift", "whether a run's reward is still to be trusted"),
+    "choose": Command("trl_ext.scripts.choose", "which pairs of answers people should label next", CHOOSE),
+    "label": Command("trl_ext.scripts.label", "label pairs on a local page; labels to preferences", LABEL),
+    "agreement": Command("trl_ext.scripts.agreement", "how far annotators agree, and who is off", AGREEMENT),
+    "judge": Command("trl_ext.scripts.judge", "two policies, judged by a model, reward models or people", JUDGE),
+    "red-team": Command("trl_ext.scripts.red_team", "what a policy refuses of harmful and harmless prompts", RED_TEAM),
+    "reward-shift": Command(
+        "trl_ext.scripts.reward_shift", "whether a run's reward is still to be trusted", REWARD_SHIFT
+    ),
     "plan-memory": Command("trl_ext.scripts.plan_memory", "what a run needs on a card", PLAN_MEMORY),
     "vllm-serve": Command("trl_ext.scripts.vllm_serve", "start a vLLM server that rollouts are sampled through"),
     "report": Command("trl_ext.scripts.report", "a page about one run, or several beside each other"),
