@@ -130,8 +130,9 @@ def _figures(work: Any, sft: Path, policy: Path, rewards: list[Path]) -> dict[st
     proxy and gold over the answers of the policy. The proxy is the mean of the reward models that PPO had, `judge` the
     one that it had not.
     """
-    from scipy.stats import spearmanr
+    import numpy as np
 
+    from trl_ext.reward.pair_statistics import spearman
     from trl_ext.scripts.judging import member_scores
     from trl_ext.scripts.rlhf_rounds import answer, answers_path, sampling_facts
     from trl_ext.scripts.rlhf_stages import paying
@@ -145,12 +146,13 @@ def _figures(work: Any, sft: Path, policy: Path, rewards: list[Path]) -> dict[st
         scores = member_scores(work.base, work.encoder, rewards, [row["prompt"] for row in rows], texts)[0].numpy()
         told.append({"gold": [gold_score(text) for text in texts], "proxy": scores[:, : len(paying(rewards))].mean(1)})
         told[-1] |= {"judge": scores[:, -1], "length": [len(text) for text in texts]}
-    import numpy as np
-
     start, now = ({name: np.asarray(values) for name, values in side.items()} for side in told)
     gains = {f"{k}_gain": (now[k].mean() - start[k].mean()) / start[k].std() for k in ("gold", "proxy", "judge")}
     found = gains | {"gold": now["gold"].mean(), "gold_sft": start["gold"].mean(), "length": now["length"].mean()}
-    found |= {"rank": spearmanr(now["proxy"], now["gold"])[0], "different": len(set(texts)) / len(texts)}
+    found |= {
+        "rank": spearman(now["proxy"], now["gold"]),
+        "different": len(set(texts)) / len(texts),
+    }
     return {name: float(value) for name, value in found.items()}
 
 
