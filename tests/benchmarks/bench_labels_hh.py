@@ -4,8 +4,8 @@
 
 Pairs and labels are HH's. A reward model is a linear head on what the frozen base makes of an answer: the hidden states
 of its last token, and their mean over the answer, each column with mean 0 and variance 1; Bradley-Terry loss with an
-L2 penalty. That is less than LoRA learns, but the states are computed once, and then hundreds of ensembles cost seconds,
-which is what it takes to see differences of a point. Members are trained on resampled labels, their mean is tested.
+L2 penalty. That is less than LoRA learns, but states are computed once, and then hundreds of ensembles cost seconds:
+what it takes to see differences of a point. Members are trained on resampled labels, their mean is tested.
 For each seed other pairs are held out, by prompt; every arm begins with the same random pairs.
 """
 

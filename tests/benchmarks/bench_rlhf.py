@@ -186,10 +186,26 @@ def picture(found: dict[str, Any], path: Path) -> None:
 
 
 def processes(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak memory of one process and of three, on the same work."""
-    folder, data = Path(options.output_dir), Path(options.data)
-    folder.mkdir(parents=True, exist_ok=True)
-    demonstrations, prompts, train, test = _texts(data, folder, options.rows)
+    """Seconds, processor seconds and peak memory of one process and of three, on the same work, in turn."""
+    found: dict[str, Any] = {"three": [], "one": []}
+    for repeat in range(options.repeats):
+        folder = Path(options.output_dir) / str(repeat)
+        folder.mkdir(parents=True, exist_ok=True)
+        commands = _commands(options, folder)
+        for kind in ("three", "one") if repeat % 2 == 0 else ("one", "three"):
+            each = [_run(command, folder) for command in commands[kind]]
+            sums = {name: sum(run[name] for run in each) for name in ("seconds", "cpu_seconds")}
+            found[kind].append(sums | {"peak_mb": max(run["peak_mb"] for run in each), "each": each})
+            print(kind, found[kind][-1], flush=True)
+    for name in ("seconds", "cpu_seconds", "peak_mb"):
+        pairs = zip(found["one"], found["three"], strict=True)
+        found[f"{name}_ratio"] = [one[name] / three[name] for one, three in pairs]
+    return found
+
+
+def _commands(options: argparse.Namespace, folder: Path) -> dict[str, list[list[str]]]:
+    """What is started: three recipes one after the other, and the one that does their work."""
+    demonstrations, prompts, train, test = _texts(Path(options.data), folder, options.rows)
     common = f"per_device_train_batch_size: 8\nmax_steps: {options.steps}\nmax_length: 256\nlearning_rate: 3.0e-4\n"
     (folder / "sft.yaml").write_text(common + "gradient_checkpointing: false\nsave_strategy: 'no'\nlogging_steps: 10\n")
     (folder / "reward.yaml").write_text(
@@ -204,8 +220,6 @@ def processes(options: argparse.Namespace) -> dict[str, Any]:
         "--steps_per_generation=4",
     ]
     ppo += [f"--max_steps={options.steps}", "--max_completion_length=32", f"--model_name_or_path={options.model}"]
-    found: dict[str, Any] = {}
-    start = time.perf_counter()
     sft = [sys.executable, "-c", SFT, options.model, str(demonstrations), str(folder / "sft.yaml"), str(folder / "sft")]
     reward = [sys.executable, str(ROOT / "recipes" / "reward_model.py"), f"--config={folder / 'reward.yaml'}"]
     reward += [f"--model_name_or_path={options.model}", f"--output_dir={folder / 'rm'}", f"--dataset_name={train}"]
@@ -213,18 +227,10 @@ def processes(options: argparse.Namespace) -> dict[str, Any]:
     tune = [sys.executable, str(ROOT / "recipes" / "ppo_max.py"), *ppo, f"--output_dir={folder / 'ppo'}"]
     tune += [f"--dataset_name={prompts}", f"--policy_adapter={folder / 'sft'}", f"--reward_adapter={folder / 'rm'}"]
     tune += ["--eval_on_start=false", "--eval_prompts=1"]
-    three = [_run(command, folder) for command in (sft, reward, tune)]
-    found["three"] = {
-        "seconds": time.perf_counter() - start,
-        "each": three,
-        "peak_mb": max(r["peak_mb"] for r in three),
-    }
     one = [sys.executable, str(ROOT / "recipes" / "rlhf.py"), *ppo, f"--output_dir={folder / 'one'}", "--judge=none"]
     one += [f"--sft_dataset={demonstrations}", f"--preferences={train}", f"--preferences_test={test}"]
     one += [f"--prompts={prompts}", f"--sft_config={folder / 'sft.yaml'}", f"--reward_config={folder / 'reward.yaml'}"]
-    found["one"] = _run([*one, "--members=1", "--judged_prompts=1"], folder)
-    processor = found["one"]["cpu_seconds"] / sum(each["cpu_seconds"] for each in three)
-    return found | {"ratio": found["one"]["seconds"] / found["three"]["seconds"], "cpu_ratio": processor}
+    return {"three": [sft, reward, tune], "one": [[*one, "--members=1", "--judged_prompts=1"]]}
 
 
 def _texts(data: Path, folder: Path, rows: int) -> list[Path]:
@@ -264,6 +270,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500, help="answered to choose pairs from")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of PPO in the rounds, where it starts")
     parser.add_argument("--choose", default="information", help="how the pairs of a round are chosen")
+    parser.add_argument("--repeats", type=int, default=2, help="of one process and of three, in turn")
     parser.add_argument("--model")
     parser.add_argument("--data")
     parser.add_argument("--rows", type=int, default=256)
