@@ -42,6 +42,7 @@ ARMS = {
     "rounds": "labels in rounds",
     "once": "all labels at once",
     "moved": "all labels at once, the KL penalty to where each third of PPO begins",
+    "late": "labels in rounds, and two thirds of PPO after the last one",
 }
 
 
@@ -50,13 +51,16 @@ def iterate(options: argparse.Namespace) -> dict[str, Any]:
 
     All arms of a seed have the same base, SFT policy, prompts and held-out prompts, `rounds` times `labels` labels,
     as many optimizer steps of the reward models (to a step or two) and as many PPO samples. `moved` tells what the
-    labels do from what it does that each round of PPO begins, and is held, where the last one ended.
+    labels do from what it does that each round of PPO begins, and is held, where the last one ended. In `late` the
+    first rounds of PPO are half as long, and the last one, against all labels, takes the rest.
     """
-    found: dict[str, Any] = {}
+    path = Path(options.output_dir) / "results.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     for seed in options.seeds:
-        for arm in ARMS:
-            found[f"{arm}-{seed}"] = _arm(options, arm, seed)
-            (Path(options.output_dir) / "results.json").write_text(json.dumps(found, indent=1))
+        for arm in options.arms:
+            if f"{arm}-{seed}" not in found:
+                found[f"{arm}-{seed}"] = _arm(options, arm, seed)
+                path.write_text(json.dumps(found, indent=1))
     return found
 
 
@@ -67,38 +71,50 @@ def _arm(options: argparse.Namespace, arm: str, seed: int) -> list[dict[str, flo
     folder = Path(options.output_dir) / f"{arm}-{seed}"
     _take(options, folder, seed)
     rounds = options.rounds
-    labels, steps, config = options.labels, options.steps, "reward_toy"
-    if arm != "rounds":
+    labels, in_rounds, config = options.labels, arm in ("rounds", "late"), "reward_toy"
+    if not in_rounds:
         labels, config = labels * rounds, _longer_rewards(options)
     flags = [f"--output_dir={folder}", f"--seed={seed}", f"--rounds={rounds}", f"--world_pairs={labels}"]
     flags += ["--config=rlhf_toy", "--disable_tqdm=true", "--judge=none", "--write_report=false", "--random_share=0"]
     flags += [f"--labels_per_round={options.labels}", f"--sampled_prompts={options.prompts}", "--judged_prompts=512"]
     flags += ["--sft_config=sft_toy", f"--reward_config={config}", f"--choose={options.choose}"]
-    flags += [f"--learning_rate={options.learning_rate}"]
-    parts = 1 if arm == "once" else rounds
-    work = rlhf_stages.prepare(*rlhf.parse([*flags, f"--max_steps={steps * rounds // parts}"]), print)
+    flags += [f"--learning_rate={options.learning_rate}", "--update_kl_target=0.1875"]
+    flags.append(f"--max_steps={options.steps}")
+    parts = _parts(arm, rounds, options.steps)
+    work = rlhf_stages.prepare(*rlhf.parse(flags), print)
     sft = policy = rlhf_stages.run_sft(work)
     critic: Path | None = None
     sets, rewards, course = {"start": work.preferences}, list[Path](), list[dict[str, float]]()
-    for number in range(1, parts + 1):
-        if number > 1 and arm == "rounds":
+    for number, steps in enumerate(parts, start=1):
+        work.training.max_steps = steps
+        if number > 1 and in_rounds:
             sets[f"round_{number}"] = rlhf_rounds.label_round(work, number, policy, rewards, sets)
-        if number == 1 or arm == "rounds":
+        if number == 1 or in_rounds:
             rewards = rlhf_stages.run_rewards(work, number, sets, rewards)
         policy = rlhf_stages.run_ppo(work, number, policy, critic, rewards)
         critic = policy / "critic"
-        part = {"round": number * rounds // parts, "accuracy": _accuracy(rewards[0].parent)}
+        part = {"round": number * rounds // len(parts), "accuracy": _accuracy(rewards[0].parent)}
         course.append(part | _figures(work, sft, policy, rewards))
         print(arm, seed, course[-1], flush=True)
     return course
+
+
+def _parts(arm: str, rounds: int, steps: int) -> list[int]:
+    """Optimizer steps of each part of PPO, `rounds` times `steps` in all; whole rollout batches of four steps."""
+    if arm == "once":
+        return [rounds * steps]
+    if arm == "late":
+        early = steps // (2 * 4) * 4
+        return [early] * (rounds - 1) + [rounds * steps - early * (rounds - 1)]
+    return [steps] * rounds
 
 
 def _take(options: argparse.Namespace, folder: Path, seed: int) -> None:
     """What another arm has made of the same: the base, the SFT policy, the reward models of all labels."""
     root = Path(options.output_dir)
     places = [(root / f"rounds-{seed}", part) for part in ("world", "sft")]
-    if folder.name.startswith("moved"):
-        places.append((root / f"once-{seed}", "round_1/reward"))
+    if folder.name.startswith(("moved", "late")):
+        places.append((root / f"{'once' if folder.name.startswith('moved') else 'rounds'}-{seed}", "round_1/reward"))
     for other, part in places:
         if (other / part).is_dir() and not (folder / part).exists():
             shutil.copytree(other / part, folder / part)
@@ -165,9 +181,9 @@ def picture(found: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     titles = ("gold reward", "gap: gain of proxy less gain of gold", "rank correlation of proxy and gold")
-    for shift, (arm, style) in enumerate(zip(ARMS, ("o-", "s", "^--"), strict=True)):
+    for shift, (arm, style) in enumerate(zip(ARMS, ("o-", "s", "^--", "d:"), strict=True)):
         runs = [run for name, run in found.items() if name.startswith(f"{arm}-")]
-        at = np.array([part["round"] for part in runs[0]]) + 0.04 * (shift - 1)
+        at = np.array([part["round"] for part in runs[0]]) + 0.04 * (shift - 1.5)
         gold, gain, proxy, rank = (
             np.array([[part[name] for part in run] for run in runs])
             for name in ("gold", "gold_gain", "proxy_gain", "rank")
@@ -264,6 +280,7 @@ def main() -> None:
     parser.add_argument("what", choices=("iterate", "processes"))
     parser.add_argument("--output_dir", default="runs/bench_rlhf")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--labels", type=int, default=300, help="of a round")
     parser.add_argument("--steps", type=int, default=48, help="optimizer steps of PPO in a round, or of each stage")
