@@ -42,7 +42,7 @@ ARMS = {
     "rounds": "labels in rounds",
     "once": "all labels at once",
     "moved": "all labels at once, the KL penalty to where each third of PPO begins",
-    "late": "labels in rounds, and two thirds of PPO after the last one",
+    "fitted": "labels in rounds, the reward models of each trained for as many steps as those of all labels at once",
 }
 
 
@@ -51,8 +51,8 @@ def iterate(options: argparse.Namespace) -> dict[str, Any]:
 
     All arms of a seed have the same base, SFT policy, prompts and held-out prompts, `rounds` times `labels` labels,
     as many optimizer steps of the reward models (to a step or two) and as many PPO samples. `moved` tells what the
-    labels do from what it does that each round of PPO begins, and is held, where the last one ended. In `late` the
-    first rounds of PPO are half as long, and the last one, against all labels, takes the rest.
+    labels do from what it does that each round of PPO begins, and is held, where the last one ended. In `fitted` the
+    reward models of every round have as many steps as those of all labels, so more in all: labels cost more than steps.
     """
     path = Path(options.output_dir) / "results.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
@@ -71,64 +71,58 @@ def _arm(options: argparse.Namespace, arm: str, seed: int) -> list[dict[str, flo
     folder = Path(options.output_dir) / f"{arm}-{seed}"
     _take(options, folder, seed)
     rounds = options.rounds
-    labels, in_rounds, config = options.labels, arm in ("rounds", "late"), "reward_toy"
+    labels, in_rounds, config = options.labels, arm in ("rounds", "fitted"), "reward_toy"
+    if arm != "rounds":
+        config = _longer_rewards(options, 1 if in_rounds else rounds)
     if not in_rounds:
-        labels, config = labels * rounds, _longer_rewards(options)
+        labels *= rounds
     flags = [f"--output_dir={folder}", f"--seed={seed}", f"--rounds={rounds}", f"--world_pairs={labels}"]
     flags += ["--config=rlhf_toy", "--disable_tqdm=true", "--judge=none", "--write_report=false", "--random_share=0"]
     flags += [f"--labels_per_round={options.labels}", f"--sampled_prompts={options.prompts}", "--judged_prompts=512"]
     flags += ["--sft_config=sft_toy", f"--reward_config={config}", f"--choose={options.choose}"]
     flags += [f"--learning_rate={options.learning_rate}", "--update_kl_target=0.1875"]
-    flags.append(f"--max_steps={options.steps}")
-    parts = _parts(arm, rounds, options.steps)
-    work = rlhf_stages.prepare(*rlhf.parse(flags), print)
+    parts = 1 if arm == "once" else rounds
+    work = rlhf_stages.prepare(*rlhf.parse([*flags, f"--max_steps={options.steps * rounds // parts}"]), print)
     sft = policy = rlhf_stages.run_sft(work)
     critic: Path | None = None
     sets, rewards, course = {"start": work.preferences}, list[Path](), list[dict[str, float]]()
-    for number, steps in enumerate(parts, start=1):
-        work.training.max_steps = steps
+    for number in range(1, parts + 1):
+        if arm == "fitted":
+            work.recipe.reward_config = _longer_rewards(options, number)
         if number > 1 and in_rounds:
             sets[f"round_{number}"] = rlhf_rounds.label_round(work, number, policy, rewards, sets)
         if number == 1 or in_rounds:
             rewards = rlhf_stages.run_rewards(work, number, sets, rewards)
         policy = rlhf_stages.run_ppo(work, number, policy, critic, rewards)
         critic = policy / "critic"
-        part = {"round": number * rounds // len(parts), "accuracy": _accuracy(rewards[0].parent)}
+        part = {"round": number * rounds // parts, "accuracy": _accuracy(rewards[0].parent)}
         course.append(part | _figures(work, sft, policy, rewards))
         print(arm, seed, course[-1], flush=True)
     return course
-
-
-def _parts(arm: str, rounds: int, steps: int) -> list[int]:
-    """Optimizer steps of each part of PPO, `rounds` times `steps` in all; whole rollout batches of four steps."""
-    if arm == "once":
-        return [rounds * steps]
-    if arm == "late":
-        early = steps // (2 * 4) * 4
-        return [early] * (rounds - 1) + [rounds * steps - early * (rounds - 1)]
-    return [steps] * rounds
 
 
 def _take(options: argparse.Namespace, folder: Path, seed: int) -> None:
     """What another arm has made of the same: the base, the SFT policy, the reward models of all labels."""
     root = Path(options.output_dir)
     places = [(root / f"rounds-{seed}", part) for part in ("world", "sft")]
-    if folder.name.startswith(("moved", "late")):
-        places.append((root / f"{'once' if folder.name.startswith('moved') else 'rounds'}-{seed}", "round_1/reward"))
+    if folder.name.startswith("moved"):
+        places.append((root / f"once-{seed}", "round_1/reward"))
     for other, part in places:
         if (other / part).is_dir() and not (folder / part).exists():
             shutil.copytree(other / part, folder / part)
 
 
-def _longer_rewards(options: argparse.Namespace) -> Path:
-    """Reward models on all labels at once, with as many steps as those of the rounds together."""
+def _longer_rewards(options: argparse.Namespace, rounds: int) -> Path:
+    """Reward models on the labels of so many rounds, with as many steps as those of all rounds together."""
     import yaml
 
     from trl_ext.scripts.configs import CONFIGS
 
     config = yaml.safe_load((CONFIGS / "reward_toy.yaml").read_text())
-    config["num_train_epochs"] *= (options.rounds + 1) / 2  # 1 + 2 + ... + N times a round's labels, of N
-    path = Path(options.output_dir) / "reward_longer.yaml"
+    config["num_train_epochs"] *= (
+        options.rounds * (options.rounds + 1) / 2 / rounds
+    )  # 1 + 2 + ... + N, of a round's labels
+    path = Path(options.output_dir) / f"reward_on_{rounds}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 
