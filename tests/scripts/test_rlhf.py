@@ -428,7 +428,8 @@ def test_the_page_of_a_run_says_how_good_it_is_and_where_everything_lies(tmp_pat
     page = rlhf_summary.write_summary(work, course, places, judged).read_text()
     assert "| 1 | 0.700 | - | 0.500 | 0.250 | 0.100 | 9.000 | -0.100 |\n| 2 | 0.700 | 0.450 |" in page
     assert "Round 2 ended early: why" in page
-    assert "By adapter, on 1,000 held-out prompts" in page
+    assert "By the last reward model, which PPO never saw, on 1,000 held-out prompts" in page
+    assert page.endswith("    trl-ext red-team --policy round_2/ppo\n")
     assert "0.750 (0.500 to 1.000)" in page
     assert "* SFT policy: `me/sft`\n* round 2, policy: `round_2/ppo`: [report](round_2/ppo/report.html)\n" in page
     del course[0]["gold"]

@@ -273,7 +273,7 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
         accuracies.append(float(trainer.evaluate_pairs()["accuracy"]))
         work.show(f"reward model {len(accuracies)}: test accuracy {accuracies[-1]:.3f}")
         trainer.save_model()
-        labels = f", and {len(sets) - 1} rounds of labels" if len(sets) > 1 else ""
+        labels = "".join(f", labels of round {before}" for before in range(2, number + 1))
         trainer.dataset_name = (work.recipe.preferences or "embedded world") + labels
         trainer.create_model_card(f"{work.folder.name}, reward model {len(accuracies)} of round {number}")
     model.unload()

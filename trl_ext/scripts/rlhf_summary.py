@@ -14,6 +14,12 @@ SFT_KIND = CardKind(
     ("step", "loss", "learning_rate"),
     "loss",
 )
+WHO = {
+    "adapter": "the last reward model, which PPO never saw",
+    "endpoint": "a model at an endpoint",
+    "local": "a model on this machine",
+    "people": "people",
+}
 COLUMNS = {
     "test accuracy": "of the reward models, mean of the members, on pairs that none was trained on",
     "on random pairs before": "accuracy of the reward models of the round before on pairs of what its policy wrote, "
@@ -65,7 +71,12 @@ def write_summary(
     if judged is not None:
         low, high = judged["interval"]
         share = f"{judged['rate']:.3f} ({low:.3f} to {high:.3f})"
-        lines += ["", "## Judgement", "", f"By {judged['judge']}, on {judged['judged']:,} held-out prompts: the tuned"]
+        lines += [
+            "",
+            "## Judgement",
+            "",
+            f"By {WHO[judged['judge']]}, on {judged['judged']:,} held-out prompts: the tuned",
+        ]
         lines[-1] += f" policy is better than the SFT policy in a share of {share}."
         lines += ["Wins, ties, losses and the length-controlled rate are in [judge/result.json](judge/result.json)."]
     lines += ["", "## What is where", ""]
@@ -74,6 +85,14 @@ def write_summary(
         named = [("card", "README.md"), ("report", "report.html"), ("labels", "preferences.jsonl")]
         found = [f"[{name}]({where}/{file})" for name, file in named if (folder / file).is_file()]
         lines.append(f"* {what}: `{where}`{': ' if found else ''}{', '.join(found)}")
+    last = os.path.relpath(list(places.values())[-1], work.folder)
+    lines += [
+        "",
+        "## Next",
+        "",
+        "Read answers in the report, and see what the policy refuses, before anybody else has it:",
+    ]
+    lines += ["", f"    trl-ext red-team --policy {last}"]
     path = work.folder / "README.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
