@@ -12,6 +12,7 @@ For each seed other pairs are held out, by prompt; every arm begins with the sam
 import argparse
 import json
 import os
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def states(options: argparse.Namespace, path: Path) -> tuple[list[dict[str, Any]
     from trl_ext.text import TextEncoder, load_tokenizer
 
     rows = [row for name in ("train", "test") for row in load_preferences(options.data / f"{name}_256tok.jsonl.gz")[0]]
+    rows = random.Random(0).sample(rows, min(options.pairs, len(rows)))
     if path.is_file():
         kept = np.load(path)
         return [rows[i] for i in kept["row"]], kept["states"], kept["lengths"]
@@ -53,7 +55,7 @@ def states(options: argparse.Namespace, path: Path) -> tuple[list[dict[str, Any]
         for k, i in enumerate(batch):
             ids[k, : len(texts[i])], mask[k, : len(texts[i])] = torch.tensor(texts[i]), 1
         with torch.no_grad():
-            hidden = base(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+            hidden = base.base_model(ids, attention_mask=mask).last_hidden_state
         for k, i in enumerate(batch):
             own = hidden[k, begins[i] : len(texts[i])]
             found[i] = torch.cat([own[-1], own.mean(0)]).numpy()
@@ -151,8 +153,9 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/labels_hh"))
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder with train_256tok.jsonl.gz")
-    parser.add_argument("--seeds", type=int, default=30)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 1536])
+    parser.add_argument("--pairs", type=int, default=1600, help="of both files, drawn at random")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512, 768])
     parser.add_argument("--members", type=int, default=5)
     parser.add_argument("--penalty", type=float, default=100.0)
     parser.add_argument("--held", type=float, default=0.3, help="share of the prompts that are tested on")
