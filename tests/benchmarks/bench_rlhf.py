@@ -177,6 +177,8 @@ def picture(found: dict[str, Any], path: Path) -> None:
     titles = ("gold reward", "gap: gain of proxy less gain of gold", "rank correlation of proxy and gold")
     for shift, (arm, style) in enumerate(zip(ARMS, ("o-", "s", "^--", "d:"), strict=True)):
         runs = [run for name, run in found.items() if name.startswith(f"{arm}-")]
+        if not runs:
+            continue
         at = np.array([part["round"] for part in runs[0]]) + 0.04 * (shift - 1.5)
         gold, gain, proxy, rank = (
             np.array([[part[name] for part in run] for run in runs])
