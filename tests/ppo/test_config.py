@@ -19,7 +19,7 @@ DEFAULTS = {
     "kl_control": "pi",
     "kl_target": 6.0,
     "update_kl_target": 6.0 / 64,
-    "diversity_target": 0.8,
+    "diversity_target": 0.85,
     "policy_objective": "clip",
     "learning_rate": 1e-4,
     "critic_baseline": "explained",

@@ -11,6 +11,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 FIRST = 5  # rollout batches whose diversity the later ones are compared with
 FEWEST, MOST = 3, 10  # of the last rollout batches, taken together
 TOGETHER = 32  # completions that they are of, at least
+HIGHER = 1.8  # times the KL: the most that a loss of diversity counts for
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
@@ -201,10 +202,10 @@ class KeptDiversity:
 
     With D the mean distinct-2 of the last rollout batches over that of the first ones:
 
-        KL <- max(KL, min(KL_target (1 - D) / (1 - target), 2 KL))
+        KL <- max(KL, min(KL_target (1 - D) / (1 - target), 1.8 KL))
 
-    One coefficient then holds what is further gone of two budgets, KL and diversity. Twice the KL at most: where
-    a task wants few different answers the policy still gets half of its KL.
+    One coefficient then holds what is further gone of two budgets, KL and diversity. 1.8 times the KL at most: where
+    a task wants few different answers the policy still gets more than half of its KL.
 
     Source: ours; the multiplier of a constraint as in Stooke et al. 2020, arXiv 2007.03964, of two the more violated.
 
@@ -230,7 +231,7 @@ class KeptDiversity:
         if self.target == 0 or len(self.first) < FIRST or start <= 0 or kl <= 0:
             return kl
         lost = 1 - sum(self.last) / len(self.last) / start
-        return max(kl, min(self.kl_target * lost / (1 - self.target), 2 * kl))
+        return max(kl, min(self.kl_target * lost / (1 - self.target), HIGHER * kl))
 
     def state_dict(self) -> dict[str, list[float]]:
         """What was recorded of the first batches and of the last."""

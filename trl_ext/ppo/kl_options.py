@@ -10,7 +10,7 @@ from trl_ext.ppo.critic_options import under_deepspeed
 
 HORIZON_IN_BATCHES = 20
 UPDATES_TO_TARGET = 64
-DIVERSITY = 0.8
+DIVERSITY = 0.85
 KL_CONTROLS = ("pi", "fixed", "adaptive", "penalty")
 LARGEST_BATCH_IN_HORIZONS = 5  # from which on one step of `AdaptiveKL` could make beta 0
 
@@ -57,7 +57,7 @@ class KLOptions:
         default=None,
         metadata={
             "help": "Share of its first distinct-2 that the policy keeps: below it beta rises as if the KL were "
-            "higher, at most twice as high, so that the KL ends between half of `kl_target` and `kl_target`. Default: "
+            "higher, at most 1.8 times as high, so that the KL still ends above half of `kl_target`. Default: "
             f"{DIVERSITY} with `kl_control='pi'`, else 0, which switches it off."
         },
     )
