@@ -11,7 +11,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 FIRST = 5  # rollout batches whose diversity the later ones are compared with
 FEWEST, MOST = 3, 10  # of the last rollout batches, taken together
 TOGETHER = 32  # completions that they are of, at least
-HIGHER = 1.8  # times the KL: the most that a loss of diversity counts for
+HIGHER = 1.9  # times the KL: the most that a loss of diversity counts for
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
@@ -202,9 +202,9 @@ class KeptDiversity:
 
     With D the mean distinct-2 of the last rollout batches over that of the first ones:
 
-        KL <- max(KL, min(KL_target (1 - D) / (1 - target), 1.8 KL))
+        KL <- max(KL, min(KL_target (1 - D) / (1 - target), 1.9 KL))
 
-    One coefficient then holds what is further gone of two budgets, KL and diversity. 1.8 times the KL at most: where
+    One coefficient then holds what is further gone of two budgets, KL and diversity. 1.9 times the KL at most: where
     a task wants few different answers the policy still gets more than half of its KL.
 
     Source: ours; the multiplier of a constraint as in Stooke et al. 2020, arXiv 2007.03964, of two the more violated.

@@ -57,7 +57,7 @@ class KLOptions:
         default=None,
         metadata={
             "help": "Share of its first distinct-2 that the policy keeps: below it beta rises as if the KL were "
-            "higher, at most 1.8 times as high, so that the KL still ends above half of `kl_target`. Default: "
+            "higher, at most 1.9 times as high, so that the KL still ends above half of `kl_target`. Default: "
             f"{DIVERSITY} with `kl_control='pi'`, else 0, which switches it off."
         },
     )
