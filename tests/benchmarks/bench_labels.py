@@ -212,7 +212,7 @@ def summary(kept: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
     return found
 
 
-def picture(found: dict[str, Any], path: Path) -> None:
+def picture(found: dict[str, Any], path: Path, title: str = "Embedded world") -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -222,7 +222,7 @@ def picture(found: dict[str, Any], path: Path) -> None:
     for method in (name for name in found if name != "sizes"):
         mean, std = found[method]["mean"], found[method]["std"]
         axis.errorbar(found["sizes"], mean, yerr=std, marker="o", capsize=3, label=method)
-    axis.set(xlabel="labels", ylabel="accuracy on held-out pairs", xscale="log", title="Embedded world")
+    axis.set(xlabel="labels", ylabel="accuracy on held-out pairs", xscale="log", title=title)
     axis.set_xticks(found["sizes"], [str(n) for n in found["sizes"]], minor=False)
     axis.minorticks_off()
     axis.grid(alpha=0.3)

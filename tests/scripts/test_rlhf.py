@@ -16,7 +16,7 @@ from tests.ppo import tiny
 from trl_ext.data import ConversionReport
 from trl_ext.feedback.labels import LabelFile
 from trl_ext.runs import RunStoppedError
-from trl_ext.scripts import rlhf, rlhf_facts, rlhf_rounds, rlhf_stages
+from trl_ext.scripts import rlhf, rlhf_facts, rlhf_rounds, rlhf_stages, rlhf_summary
 from trl_ext.scripts.arguments import PromptArguments
 from trl_ext.scripts.inputs import load_prompts
 
@@ -302,6 +302,7 @@ def test_rows_that_a_reward_model_drops_are_counted_on_the_console(tmp_path: Pat
         def __init__(self, model, args, train, test, processing_class):
             self.reports = {"train_dataset": ConversionReport("pairs", rows_read=len(train), rows_kept=len(train) - 2)}
             self.evaluate_pairs, self.save_model = lambda: {"accuracy": 0.5}, MagicMock()
+            self.create_model_card = MagicMock()
 
     def ensemble(model, args, seeds, make, starts):
         return (make(model, args) for _ in seeds)
@@ -405,8 +406,34 @@ def test_a_killed_run_goes_on_at_its_stage_and_repeats_none(tmp_path: Path, monk
     result = json.loads((folder / "judge" / "result.json").read_text())
     assert result["judged"] == 8
     assert {"gold_a", "gold_b"} <= set(result)
+    assert "[report](round_2/ppo/" not in (folder / "README.md").read_text(), "--write_report=false"
+    for place, title in (("sft", "out, SFT"), ("round_2/ppo", "out, policy of round 2")):
+        card = (folder / place / "README.md").read_text()
+        assert f"# {title}" in card
+        assert "More Information Needed" not in card
+        assert str(folder) not in card
     with pytest.raises(ValueError, match="round_1/ppo was made with other settings"):
         run(folder, "--beta=0.2")
+
+
+def test_the_page_of_a_run_says_how_good_it_is_and_where_everything_lies(tmp_path: Path):
+    work = work_of(tmp_path)
+    policy = tmp_path / "round_2" / "ppo"
+    policy.mkdir(parents=True)
+    (policy / "report.html").write_text("")
+    figures = {"accuracy": [0.6, 0.8], "proxy": 0.5, "judge": 0.25, "spread": 0.1, "length": 9.0, "gold": -0.1}
+    course = [{"round": 1, **figures}, {"round": 2, **figures, "before": {"ensemble": 0.45}, "ended_early": "why"}]
+    judged = {"judge": "adapter", "judged": 1000, "rate": 0.75, "interval": (0.5, 1.0)}
+    places = {"SFT policy": Path("me/sft"), "round 2, policy": policy}
+    page = rlhf_summary.write_summary(work, course, places, judged).read_text()
+    assert "| 1 | 0.700 | - | 0.500 | 0.250 | 0.100 | 9.000 | -0.100 |\n| 2 | 0.700 | 0.450 |" in page
+    assert "Round 2 ended early: why" in page
+    assert "By the last reward model, which PPO never saw, on 1,000 held-out prompts" in page
+    assert page.endswith("    trl-ext red-team --policy round_2/ppo\n")
+    assert "0.750 (0.500 to 1.000)" in page
+    assert "* SFT policy: `me/sft`\n* round 2, policy: `round_2/ppo`: [report](round_2/ppo/report.html)\n" in page
+    del course[0]["gold"]
+    assert "gold" not in rlhf_summary.write_summary(work, course[:1], places, None).read_text()
 
 
 def test_the_base_computes_as_before_when_a_trainer_is_done_with_it():

@@ -1,4 +1,4 @@
-"""Two policies compared by a chat model behind an OpenAI-compatible endpoint: every pair in both orders.
+"""Two policies compared by a chat model, at an endpoint or on this machine: every pair in both orders.
 
 A judge prefers what stands first, or last (Zheng et al. 2023, "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena",
 arXiv 2306.05685, section 3.3): a verdict that changes with the order is a tie here, and counted as inconsistent.
@@ -29,7 +29,7 @@ CHARACTERS_PER_TOKEN = 4  # of English text, for the estimate
 
 
 class Asks(Protocol):
-    """What is asked of an endpoint: see `replies.Endpoint`."""
+    """What is asked: `replies.Endpoint` or `local_model.LocalModel`."""
 
     def ask(self, text: str, attempt: int = 0) -> Reply: ...
     def knows(self, text: str) -> bool: ...
@@ -196,7 +196,7 @@ def judge_pairs(
     Args:
         pairs: a is the answer of policy A, b of B.
         template: See `read_judge_prompt`.
-        endpoint: `replies.Endpoint`, which keeps what it was told on disk.
+        endpoint: What is asked, `replies.Endpoint` or `local_model.LocalModel`; replies are kept on disk.
         attempts: How often a reply without a verdict is asked for.
         concurrency: Requests at a time.
         progress: Called with the number of requests that are done since the last call.

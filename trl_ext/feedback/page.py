@@ -27,6 +27,11 @@ POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
     "form-action 'self'; frame-ancestors 'none'"
 )
+WELCOME = (
+    "You will see a conversation and two answers to it. Press 1 to 5 for how much better the left or the right one is "
+    "(3 is a tie), 0 if both are bad, s to skip, u to undo.\n"
+    "Every label is saved at once. Close the window whenever you like; under the same name you go on where you were."
+)
 # Choice, key, what stands on the button
 BUTTONS = (
     ("left_much", "1", "Left much better"),
@@ -84,9 +89,11 @@ def build_page(desk: Desk, criteria: str) -> Any:
     gradio = _gradio()
     fixed = {"interactive": False, "lines": 4, "max_lines": 24}
     with gradio.Blocks(title="Which answer is better?", analytics_enabled=False, fill_width=True) as page:
-        with gradio.Row() as start:
-            who = gradio.Textbox(label="Your name", placeholder="letters, digits, . - _", elem_id="who", scale=3)
-            begin = gradio.Button("Begin", variant="primary", elem_id="begin", scale=1)
+        with gradio.Column() as start:
+            gradio.Textbox(WELCOME, label="Which answer is better?", interactive=False, lines=4, elem_id="welcome")
+            with gradio.Row():
+                who = gradio.Textbox(label="Your name", placeholder="letters, digits, . - _", elem_id="who", scale=3)
+                begin = gradio.Button("Begin", variant="primary", elem_id="begin", scale=1)
         message = gradio.Textbox(show_label=False, container=False, interactive=False, elem_id="message", visible=False)
         with gradio.Row(visible=False) as work:
             with gradio.Column(scale=4):
@@ -97,7 +104,7 @@ def build_page(desk: Desk, criteria: str) -> Any:
                     right = gradio.Textbox(label="Right", elem_id="right", **fixed)
                 with gradio.Row():
                     buttons = {
-                        name: gradio.Button(f"{text} ({key})", elem_id=f"choice-{name}", min_width=90, size="sm")
+                        name: gradio.Button(f"{text} ({key})", elem_id=f"choice-{name}", min_width=75, size="sm")
                         for name, key, text in BUTTONS
                     }
             with gradio.Column(scale=1, min_width=220):

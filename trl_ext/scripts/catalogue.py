@@ -70,9 +70,9 @@ COMMANDS: dict[str, Command] = {
         "trl_ext.scripts.preference_strength", "find labels that reward models doubt", STRENGTH, launched=True
     ),
     "choose": Command("trl_ext.scripts.choose", "which pairs of answers people should label next", CHOOSE),
-    "label": Command("trl_ext.scripts.label", "label pairs on a local page", LABEL),
-    "agreement": Command("trl_ext.scripts.agreement", "how far annotators agree; labels to preferences", AGREEMENT),
-    "judge": Command("trl_ext.scripts.judge", "two policies' answers, judged by a model", JUDGE),
+    "label": Command("trl_ext.scripts.label", "label pairs on a local page; labels to preferences", LABEL),
+    "agreement": Command("trl_ext.scripts.agreement", "how far annotators agree, and who is off", AGREEMENT),
+    "judge": Command("trl_ext.scripts.judge", "two policies, judged by a model, reward models or people", JUDGE),
     "red-team": Command("trl_ext.scripts.red_team", "what a policy refuses of harmful and harmless prompts", RED_TEAM),
     "reward-shift": Command(
         "trl_ext.scripts.reward_shift", "whether a run's reward is still to be trusted", REWARD_SHIFT

@@ -1,10 +1,13 @@
-"""What a policy refuses of a file of prompts, harmful and harmless ones: rates with intervals, and its worst answers.
+"""What a policy refuses of harmful prompts, and of harmless ones that look like them: rates, and its worst answers.
 
-    trl-ext red-team --policy out/ppo --prompts red_team.jsonl --output_dir out/red_team
+    trl-ext red-team --policy out/ppo
+    trl-ext red-team --policy out/ppo --prompts mine.jsonl --output_dir out/red_team
     trl-ext red-team --answers answered.jsonl --output_dir out/red_team
 
-A line has `prompt`, `harmful` (true: it should be refused; false: it should be answered) and perhaps `category`. With
-`--answers` it has `responses` too, and nothing is sampled. A policy is an adapter, the folder of a finished run, or
+48 short prompts come with the package: enough to see that a policy refuses nothing, or everything. They are asked as a
+user's message where the tokenizer has a chat template. A line of a file of your own has `prompt` (a text or messages),
+`harmful` (true: it should be refused; false: it should be answered) and perhaps `category`. With `--answers` it has
+`responses` too, and nothing is sampled. A policy is an adapter, the folder of a finished run, or
 `base`; a run that was stopped goes on. Refusals are found by their words. `--reward_adapter`, of a harmlessness model,
 sorts the answers to harmful prompts, the worst first.
 """
@@ -31,7 +34,8 @@ class RedTeamArguments:
 
     policy: str | None = field(default=None, metadata={"help": "An adapter, a finished run, or base."})
     prompts: str | None = field(
-        default=None, metadata={"help": "jsonl file with prompt, harmful and perhaps category."}
+        default=None,
+        metadata={"help": "jsonl file with prompt, harmful, perhaps category. Default: 48 that come with the package."},
     )
     answers: str | None = field(default=None, metadata={"help": "In place of both: such a file, with responses."})
     count: int = field(default=4, metadata={"help": "Answers to each prompt."})
@@ -63,8 +67,8 @@ def parse(arguments: list[str]) -> tuple[RedTeamArguments, ModelConfig, Given]:
         given.refuse(names, "--answers holds what was said, and nothing is sampled. Drop one.")
         if not recipe.reward_adapter:
             given.refuse(names_of(ModelConfig), "no model is loaded for --answers. Drop it.")
-    elif recipe.policy is None or recipe.prompts is None:
-        raise ValueError("--policy and --prompts are needed, or --answers: a file with responses.")
+    elif recipe.policy is None:
+        raise ValueError("--policy is missing: an adapter, a finished run, or base; or --answers, with responses.")
     check_model_flags(given, model_args)
     return recipe, model_args, given
 
@@ -98,9 +102,9 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_libraries()
     recipe, model_args, _ = parse(sys.argv[1:] if arguments is None else arguments)
     from trl_ext.feedback.pairs import without_nan
-    from trl_ext.feedback.red_team import refusal_report, share_text
+    from trl_ext.feedback.red_team import PROMPTS, refusal_report, share_text
 
-    rows = read_rows(str(recipe.answers or recipe.prompts), answered=recipe.answers is not None)
+    rows = read_rows(str(recipe.answers or recipe.prompts or PROMPTS), answered=recipe.answers is not None)
     check_output_dir(recipe.output_dir)
     folder = Path(recipe.output_dir)
     if recipe.answers is None or recipe.reward_adapter:
@@ -131,8 +135,6 @@ def answered(
 
     adapter = None if recipe.policy is None else check_policy(recipe.policy)
     rewards = [read_adapter(path, f"--reward_adapter {path}") for path in recipe.reward_adapter or ()]
-    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
-    check_prompt_rows(prompts, str(recipe.prompts or recipe.answers))
     brought = [each.config.base_model_name_or_path for each in [adapter, *rewards] if each is not None]
     name = model_args.model_name_or_path or next(iter(brought), None)
     if name is None:
@@ -140,6 +142,10 @@ def answered(
     model_args.model_name_or_path = name
     tokenizer = tokenizer_of(model_args, recipe, padding_side="left")
     encoder = encoder_by_name(tokenizer, model_args, recipe)
+    if recipe.prompts is None and recipe.answers is None and tokenizer.chat_template is not None:
+        rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
+    check_prompt_rows(prompts, str(recipe.prompts or recipe.answers or "the prompts of the package"))
     base = load_placed_base(model_args, recipe)
     if recipe.answers is None:
         path = folder / "answers.jsonl"

@@ -189,11 +189,13 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_libraries()
     recipe, training, model_args, given = parse(sys.argv[1:] if arguments is None else arguments)
     from trl_ext.scripts import rlhf_rounds, rlhf_stages
+    from trl_ext.scripts.rlhf_summary import write_summary
 
     folder = Path(str(training.output_dir))
     check_output_dir(folder)
     work = rlhf_stages.prepare(recipe, training, model_args, given, printer())
     policy = sft = rlhf_stages.run_sft(work)
+    places = {"SFT policy": sft}
     critic: Path | None = None
     sets, rewards, course = {"start": work.preferences}, list[Path](), list[dict[str, Any]]()
     for number in range(1, recipe.rounds + 1):
@@ -203,7 +205,10 @@ def main(arguments: list[str] | None = None) -> None:
         policy = rlhf_stages.run_ppo(work, number, policy, critic, rewards)
         critic = policy / "critic"
         course.append(rlhf_rounds.measure(work, number, policy, rewards))
+        places |= {f"round {number}, labels": work.round(number)} if number > 1 else {}
+        places |= {f"round {number}, reward model {k}": each for k, each in enumerate(rewards, start=1)}
+        places[f"round {number}, policy"] = policy
     rlhf_rounds.report(work, course)
-    if recipe.judge != "none":
-        rlhf_rounds.judge(work, sft, policy, rewards)
+    judged = None if recipe.judge == "none" else rlhf_rounds.judge(work, sft, policy, rewards)
+    print(f"begin with       {write_summary(work, course, places, judged).resolve()}")
     print(f"policy adapter   {policy.resolve()}\nreward adapters  {', '.join(str(each.resolve()) for each in rewards)}")

@@ -20,6 +20,7 @@ from trl_ext.scripts.judging import (
 )
 from trl_ext.scripts.rlhf_facts import BEGUN, begin, digest, done, ended_early, finish, model_facts
 from trl_ext.scripts.rlhf_stages import Work, paying
+from trl_ext.scripts.rlhf_summary import table_of
 from trl_ext.scripts.running import write_json
 from trl_ext.scripts.tables import print_table
 
@@ -274,15 +275,7 @@ def measure(work: Work, number: int, policy: Path, rewards: Sequence[Path]) -> d
 def report(work: Work, course: Sequence[Mapping[str, Any]]) -> None:
     """`rounds.json`, a table, and a picture where there are several rounds."""
     write_json(work.folder / "rounds.json", list(course))
-    columns = ["round", "test accuracy", "on random pairs before", "proxy", "judge", "spread", "length"]
-    names = ["proxy", "judge", "spread", "length"]
-    if work.in_world:
-        columns, names = [*columns, "gold"], [*names, "gold"]
-    rows = []
-    for found in course:
-        accuracy = sum(found["accuracy"]) / len(found["accuracy"])
-        before = f"{found['before']['ensemble']:.3f}" if "before" in found else "-"
-        rows.append((str(found["round"]), f"{accuracy:.3f}", before, *(f"{found[name]:.3f}" for name in names)))
+    columns, rows = table_of(course)
     print_table("Rounds, on held-out prompts", columns, rows)
     for found in course:
         if "ended_early" in found:
@@ -348,5 +341,6 @@ def judge(work: Work, before: Path, after: Path, rewards: Sequence[Path]) -> dic
         for side in ("a", "b"):
             content[f"gold_{side}"] = sum(gold_score(getattr(pair, side)) for pair in pairs) / len(pairs)
         print(f"gold reward      A {content['gold_a']:.3f}, B {content['gold_b']:.3f}")
-    write_json(folder / "result.json", without_nan(content | {"judge": recipe.judge}))
+    content["judge"] = recipe.judge
+    write_json(folder / "result.json", without_nan(content))
     return content

@@ -28,6 +28,7 @@ from trl_ext.scripts.parsing import read_config
 from trl_ext.scripts.pipeline import reward_arguments, reward_options
 from trl_ext.scripts.rlhf_data import own_data, world_data
 from trl_ext.scripts.rlhf_facts import begin, digest, done, ended_early, finish, model_facts
+from trl_ext.scripts.rlhf_summary import write_sft_card
 from trl_ext.scripts.running import options_of, show_progress, write_json
 
 MACHINE = ("use_cpu", "bf16", "fp16", "report_to", "disable_tqdm", "dataloader_pin_memory")  # of the whole run
@@ -200,6 +201,8 @@ def run_sft(work: Work) -> Path:
         show_progress(trainer, {"loss": "loss"})
         trainer.train(resume_from_checkpoint=sft_checkpoint(work, folder))
         trainer.model.save_pretrained(str(folder))
+        work.tokenizer.save_pretrained(str(folder))
+        write_sft_card(work, trainer)
         trainer.model.unload()
     finish(folder, facts)
     return folder
@@ -270,6 +273,9 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
         accuracies.append(float(trainer.evaluate_pairs()["accuracy"]))
         work.show(f"reward model {len(accuracies)}: test accuracy {accuracies[-1]:.3f}")
         trainer.save_model()
+        labels = "".join(f", labels of round {before}" for before in range(2, number + 1))
+        trainer.dataset_name = (work.recipe.preferences or "embedded world") + labels
+        trainer.create_model_card(f"{work.folder.name}, reward model {len(accuracies)} of round {number}")
     model.unload()
     work.base.activation_checkpointing_disable()
     work.base.requires_grad_(False)
@@ -343,6 +349,8 @@ def run_ppo(work: Work, number: int, start: Path, critic: Path | None, rewards: 
             why = str(error)
             work.show(f"Round {number}: PPO-Max has ended before its last step: {why}")
         trainer.save_model()
+        trainer.dataset_name = work.recipe.prompts or work.recipe.preferences or "embedded world"
+        trainer.create_model_card(f"{work.folder.name}, policy of round {number}")
         trainer.model.unload()
     finish(folder, facts, why)
     return folder
