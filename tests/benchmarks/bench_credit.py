@@ -31,10 +31,20 @@ MEASURED = 1e-6  # in place of a beta of 0, which leaves the reference out, and 
 TASKS = ("sparse", "dense", "turns")
 WINDOW = 4  # rollout batches of which the success is averaged
 PPO = {"reward_normalization": "none", "reward_clip": None, "learning_rate": 1e-3, "num_iterations": 2}
+PPO |= {"lr_scheduler_type": "constant"}  # as the critic-free ones
+# The batch mean stands in for a critic that explains nothing: no samples are spent on it alone
+QUICK = {"value_lambda": 1.0, "critic_warmup_steps": 0, "update_kl_target": 0.5}
+# The rate, and steps of any size, as TRL's trainers take them
+LIKE_RLOO = QUICK | {"learning_rate": 3e-3, "critic_learning_rate": 3e-3, "update_kl_target": 0.0}
+LARGE = {"learning_rate": 3e-3, "update_kl_target": 1.0}  # updates as large as theirs
 LONG_WARMUP = {"critic_warmup_steps": 20, "critic_warmup_explained_variance": None}
 # Name -> (changes to PPO, task that it is for; None: both)
 VARIANTS: dict[str, tuple[dict[str, Any], str | None]] = {
     "ppo": ({}, None),
+    "quick": (QUICK, None),
+    "as RLOO": (LIKE_RLOO, None),
+    "large updates": (LARGE, None),
+    "large updates without KL": (LARGE | {"beta": 0.0}, None),
     "no warm-up": ({"critic_warmup_steps": 0}, None),
     "pretraining on Monte-Carlo returns": ({"critic_warmup_returns": "monte_carlo", **LONG_WARMUP}, None),
     "the same warm-up on lambda returns": (LONG_WARMUP, None),
@@ -144,9 +154,9 @@ def run(name: str, task: str, seed: int, samples: int, world: Any) -> dict[str, 
     entries = [entry for entry in trainer.state.log_history if "rewards/solved/mean" in entry]
     keys = {"success": "rewards/solved/mean", "kl": "kl", "explained_variance": "explained_variance/monte_carlo"}
     records: dict[str, list[float | None]] = {k: [entry.get(key) for entry in entries] for k, key in keys.items()}
-    if name in CRITIC_FREE:  # GRPO logs a k3 estimate per token; the other trainer's is of a completion
-        per_token = [entry.get("completions/mean_length", 1.0) if name.startswith("grpo") else 1.0 for entry in entries]
-        records["kl"] = [None if kl is None else kl * n for kl, n in zip(records["kl"], per_token, strict=True)]
+    if name in CRITIC_FREE:  # TRL's is of a token
+        lengths = [entry.get("completions/mean_length", 1.0) for entry in entries]
+        records["kl"] = [None if kl is None else kl * n for kl, n in zip(records["kl"], lengths, strict=True)]
     return records | {"cpu_seconds": [seconds]}
 
 
@@ -234,8 +244,8 @@ def main() -> None:
     file = options.output / ("tiny.json" if options.tiny else "results.json")
     results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     samples = BATCH if options.tiny else options.samples
+    world = build_halls(options.output / "worlds", **({"steps": 2} if options.tiny else {}))  # one for all seeds
     for seed in options.seeds[:1] if options.tiny else options.seeds:
-        world = build_halls(options.output / "worlds", seed, **({"steps": 2} if options.tiny else {}))
         for name, task in product(names, options.tasks):
             key = f"{task}/{name}/{seed}"
             if name in CRITIC_FREE and task == "turns":
