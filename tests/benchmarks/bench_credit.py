@@ -42,7 +42,9 @@ LONG_WARMUP = {"critic_warmup_steps": 20, "critic_warmup_explained_variance": No
 VARIANTS: dict[str, tuple[dict[str, Any], str | None]] = {
     "ppo": ({}, None),
     "quick": (QUICK, None),
+    "quick at lambda 1": (QUICK | {"gae_lambda": 1.0}, None),
     "as RLOO": (LIKE_RLOO, None),
+    "as RLOO at lambda 1": (LIKE_RLOO | {"gae_lambda": 1.0}, None),
     "large updates": (LARGE, None),
     "large updates without KL": (LARGE | {"beta": 0.0}, None),
     "no warm-up": ({"critic_warmup_steps": 0}, None),
