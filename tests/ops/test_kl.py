@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trl_ext.ops.kl import PIKL, AdaptiveKL, FixedKL, PenaltyKL, kl_estimate
+from trl_ext.ops.kl import PIKL, AdaptiveKL, FixedKL, KeptDiversity, PenaltyKL, kl_estimate
 
 LOGPS = torch.tensor([-1.0, -0.5, -2.0])
 REF_LOGPS = torch.tensor([-1.2, -0.4, -1.5])
@@ -151,3 +151,30 @@ def test_bad_targets_and_horizons_are_errors(bad):
             make()
     with pytest.raises(ValueError, match="horizon"):
         AdaptiveKL(0.1, 6, bad)
+
+
+def seen(diversities, target=0.8, n=32):
+    kept = KeptDiversity(target, 6.0)
+    for diversity in diversities:
+        kept.record(diversity, n)
+    return kept
+
+
+def test_what_is_further_gone_of_kl_and_diversity_is_held():
+    assert seen([0.5] * 8).held(4.0) == 4.0
+    assert seen([0.5] * 5 + [0.4] * 3).held(4.0) == pytest.approx(6.0)  # 0.8 of the start: all of it is spent
+    assert seen([0.5] * 5 + [0.42] * 3).held(4.0) == pytest.approx(4.8)
+    assert seen([0.5] * 5 + [0.42] * 3).held(5.5) == 5.5
+    assert seen([0.5] * 5 + [0.1] * 3).held(3.0) == pytest.approx(5.7)  # 1.9 times at most
+    assert seen([0.5] * 5 + [0.1] * 3).held(-0.1) == -0.1
+    assert seen([0.5] * 5 + [0.1] * 3, target=0.0).held(3.0) == 3.0
+
+
+def test_diversity_is_compared_once_there_is_a_start_and_over_enough_completions():
+    assert seen([0.5, 0.5, 0.1, 0.1]).held(3.0) == 3.0
+    assert seen([0.5] * 5 + [0.2, 0.5, 0.5, 0.5]).held(4.0) == 4.0  # forgotten after three
+    few = seen([0.5] * 5 + [0.2, 0.5, 0.5, 0.5], n=4)  # of 8 batches, 0.925 of the start
+    assert few.held(1.9) == pytest.approx(6 * (0.3 / 8 / 0.5) / 0.2)
+    again = KeptDiversity(0.8, 6.0)
+    again.load_state_dict(few.state_dict())
+    assert again.held(1.9) == few.held(1.9)

@@ -21,6 +21,7 @@ def used(tmp_path, **options):
     state = state_of(tmp_path, **options)
     state.moments.update(torch.tensor([1.0, 2.0, 4.0]))
     state.kl.update(100.0, 4)
+    state.diversity.record(0.5, 4)
     state.rollouts = 3
     state.policy_start = 4
     return state
@@ -54,8 +55,8 @@ def test_the_controller_is_the_one_that_was_asked_for(tmp_path, options, kind):
     assert controller.coef == config.beta
 
 
-def observed(state, explained_variance, step, threshold=0.5, kl=6.0):
-    state.record_rollout(kl, explained_variance, step, 4, threshold)
+def observed(state, explained_variance, step, threshold=0.5, kl=6.0, distinct_2=0.5):
+    state.record_rollout(kl, distinct_2, explained_variance, step, 4, threshold)
     return state
 
 
@@ -70,6 +71,21 @@ def test_warm_up_ends_once_and_for_all(tmp_path):
     assert not observed(state_of(tmp_path), 1.0, 0).in_warmup(0)
     never = observed(state_of(tmp_path, critic_warmup_steps=3, max_steps=30), 1.0, 0, threshold=None)
     assert never.policy_start == 3
+
+
+def test_lost_diversity_raises_beta(tmp_path):
+    def beta(distinct_2, **options):
+        state = state_of(tmp_path, critic_warmup_steps=0, **options)
+        for _ in range(5):
+            observed(state, 0.4, 0, kl=3.0)
+        for _ in range(3):
+            observed(state, 0.4, 0, kl=3.0, distinct_2=distinct_2)
+        return state.kl.coef
+
+    assert beta(0.25) > 1.5 * beta(0.5)
+    assert beta(0.25, diversity_target=0.0) == beta(0.5)
+    assert beta(0.25, kl_control="adaptive") == beta(0.5, kl_control="adaptive")
+    assert beta(0.25, kl_control="adaptive", diversity_target=0.85) > beta(0.5, kl_control="adaptive")
 
 
 def test_asking_changes_nothing(tmp_path):

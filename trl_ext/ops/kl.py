@@ -8,6 +8,10 @@ from torch import Tensor
 from trl_ext.ops.masking import check_same_shape
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
+FIRST = 5  # rollout batches whose diversity the later ones are compared with
+FEWEST, MOST = 3, 10  # of the last rollout batches, taken together
+TOGETHER = 32  # completions that they are of, at least
+HIGHER = 1.9  # times the KL: the most that a loss of diversity counts for
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
@@ -191,6 +195,51 @@ class PenaltyKL(FixedKL):
         elif kl < self.target / 1.5:
             self.coef /= 2
         return self.coef
+
+
+class KeptDiversity:
+    """The KL that a controller is told of where the policy has lost more of its diversity than it may.
+
+    With D the mean distinct-2 of the last rollout batches over that of the first ones:
+
+        KL <- max(KL, min(KL_target (1 - D) / (1 - target), 1.9 KL))
+
+    One coefficient then holds what is further gone of two budgets, KL and diversity. 1.9 times the KL at most: where
+    a task wants few different answers the policy still gets more than half of its KL.
+
+    Source: ours; the multiplier of a constraint as in Stooke et al. 2020, arXiv 2007.03964, of two the more violated.
+
+    Args:
+        target: the share of the first distinct-2 that is kept, in [0, 1); 0 leaves the KL as it is.
+        kl_target: the KL of a sequence that the controller holds, in nats, positive.
+    """
+
+    def __init__(self, target: float, kl_target: float) -> None:
+        self.target, self.kl_target = _non_negative("target", target), _positive("kl_target", kl_target)
+        self.first: list[float] = []
+        self.last: list[float] = []
+
+    def record(self, distinct_2: float, n: int) -> None:
+        """Takes a rollout batch's distinct-2 and its number of sequences; of small batches more are taken together."""
+        if len(self.first) < FIRST:
+            self.first.append(float(distinct_2))
+        self.last = [*self.last, float(distinct_2)][-min(max(FEWEST, math.ceil(TOGETHER / n)), MOST) :]
+
+    def held(self, kl: float) -> float:
+        """The KL for the controller, in nats, from that of the batch recorded last."""
+        start = sum(self.first) / max(len(self.first), 1)
+        if self.target == 0 or len(self.first) < FIRST or start <= 0 or kl <= 0:
+            return kl
+        lost = 1 - sum(self.last) / len(self.last) / start
+        return max(kl, min(self.kl_target * lost / (1 - self.target), HIGHER * kl))
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """What was recorded of the first batches and of the last."""
+        return {"first": self.first, "last": self.last}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Continues from what `state_dict` returned."""
+        self.first, self.last = list(state["first"]), list(state["last"])
 
 
 def _non_negative(name: str, value: float) -> float:

@@ -16,7 +16,6 @@ from trl import RLOOConfig
 from trl_ext.fields import above, at_least, at_most, between, check_fields, check_schedule, number, one_of, whole
 from trl_ext.generation.vllm_options import VLLMRolloutOptions
 from trl_ext.ops.ensemble import check_weights
-from trl_ext.ops.kl import KL_ESTIMATORS
 from trl_ext.ops.packing import SCORED_PER_TRAINED
 from trl_ext.ppo.critic_options import (
     LAMBDA,
@@ -24,25 +23,21 @@ from trl_ext.ppo.critic_options import (
     POLICY_OBJECTIVES,
     CriticOptions,
     check_critic_options,
-    under_deepspeed,
 )
 from trl_ext.ppo.ensemble_options import EnsembleOptions
+from trl_ext.ppo.kl_options import KLOptions, check_kl_options, choose_kl_options
 from trl_ext.ppo.refusals import HARMLESS, check_options
 from trl_ext.ppo.rewards import BASELINES, SCORE_MODES
 from trl_ext.runs import BF16_HELP, choose_mixed_precision
 
-HORIZON_IN_BATCHES = 20
-UPDATES_TO_TARGET = 32
 WARMUP_ROLLOUTS, WARMUP_SHARE = 5, 10
 GUARD_ACTS = ("raise_beta", "step_back", "stop")
-KL_CONTROLS = ("pi", "fixed", "adaptive", "penalty")
 OFF = "null (None) switches it off"
-LARGEST_BATCH_IN_HORIZONS = 5  # from which on one step of `AdaptiveKL` could make beta 0
 DEFAULT_OPTIM: Any = RLOOConfig.__dataclass_fields__["optim"].default
 
 
 @dataclass
-class PPOMaxConfig(CriticOptions, EnsembleOptions, VLLMRolloutOptions, RLOOConfig):
+class PPOMaxConfig(CriticOptions, KLOptions, EnsembleOptions, VLLMRolloutOptions, RLOOConfig):
     r"""
     Configuration of [`PPOMaxTrainer`]. The defaults are PPO-Max; every trick is a field that works alone.
 
@@ -117,42 +112,6 @@ class PPOMaxConfig(CriticOptions, EnsembleOptions, VLLMRolloutOptions, RLOOConfi
     )
     missing_eos_penalty: Annotated[float | None, at_least(0)] = field(
         default=None, metadata={"help": "Taken off the shaped score of a completion that the length limit cut."}
-    )
-
-    # KL
-    kl_estimator: Annotated[str, one_of(KL_ESTIMATORS)] = field(
-        default="k1",
-        metadata={
-            "help": "Per-token KL estimate in the reward: k1, k2 or k3 of Schulman's note.",
-            "choices": list(KL_ESTIMATORS),
-        },
-    )
-    kl_control: Annotated[str, one_of(KL_CONTROLS)] = field(
-        default="pi",
-        metadata={
-            "help": "How beta moves: 'pi', proportional and integral, which reaches the target without passing it by "
-            "much; 'fixed'; 'adaptive', the integral alone (Ziegler et al. 2019); 'penalty', which moves the KL "
-            "penalty of the reward by doubling and halving. For a KL in the loss see `policy_objective`.",
-            "choices": list(KL_CONTROLS),
-        },
-    )
-    kl_target: Annotated[float, above(0)] = field(
-        default=6.0, metadata={"help": "KL per sequence, in nats, that beta is moved to hold, unless it is 'fixed'."}
-    )
-    update_kl_target: Annotated[float | None, at_least(0)] = field(
-        default=None,
-        metadata={
-            "help": "How far one update may take the policy: KL per sequence, in nats, between the policy that sampled "
-            "a rollout batch and the policy after it. The learning rate changes from update to update to reach it, a "
-            "step that goes too far is shortened, and the critic's steps are watched likewise; 0 switches all of it "
-            "off. Default: `kl_target` / 32, and 0 under DeepSpeed, which steps the optimizer by itself."
-        },
-    )
-    kl_horizon: Annotated[float | None, above(0)] = field(
-        default=None,
-        metadata={
-            "help": "Horizon of 'adaptive' control alone, in samples; smaller is faster. Default: 20 rollout batches."
-        },
     )
 
     # Advantages and losses
@@ -259,14 +218,7 @@ class PPOMaxConfig(CriticOptions, EnsembleOptions, VLLMRolloutOptions, RLOOConfi
         check_schedule(self)
         if self.critic_learning_rate is None:
             self.critic_learning_rate = 3 * self.learning_rate
-        if self.kl_control != "adaptive" and self.kl_horizon is not None:
-            raise ValueError(
-                f"kl_horizon={self.kl_horizon:g} is that of kl_control='adaptive', and kl_control is "
-                f"{self.kl_control!r}: leave it out, or set kl_control='adaptive'."
-            )
-        if self.kl_control == "adaptive" and self.kl_horizon is None:
-            self.kl_horizon = float(HORIZON_IN_BATCHES * (self.generation_batch_size or 1))
-        self._choose_update_kl_target()
+        choose_kl_options(self)
         evaluated = self.eval_strategy != "no"
         if self.keep_best_policy is None:
             self.keep_best_policy = evaluated and not self.load_best_model_at_end
@@ -287,23 +239,6 @@ class PPOMaxConfig(CriticOptions, EnsembleOptions, VLLMRolloutOptions, RLOOConfi
         split = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(self.fsdp)
         if self._optim_by_base and quantised and not split and self.device.type == "cuda":
             self.optim = OptimizerNames.PAGED_ADAMW_8BIT
-
-    def _choose_update_kl_target(self) -> None:
-        """DeepSpeed holds the weights that are stepped, and steps them inside backward: no step can be shortened."""
-        deepspeed = under_deepspeed(self)
-        if self.update_kl_target is None:
-            self.update_kl_target = 0.0 if deepspeed else self.kl_target / UPDATES_TO_TARGET
-            if deepspeed and self.process_index == 0:
-                warnings.warn(
-                    "Under DeepSpeed the size of updates is not held (update_kl_target=0): a learning rate that is too "
-                    "high can destroy the policy. Data parallelism and FSDP2 hold it.",
-                    stacklevel=4,
-                )
-        elif deepspeed and self.update_kl_target > 0:
-            raise ValueError(
-                f"update_kl_target={self.update_kl_target:g} does not go with DeepSpeed, which steps the optimizer by "
-                "itself, on weights of its own: set it to 0, or use data parallelism or FSDP2."
-            )
 
     def _check_guard(self, evaluated: bool) -> None:
         unknown = [act for act in self.guard_acts if act not in GUARD_ACTS]
@@ -333,22 +268,10 @@ class PPOMaxConfig(CriticOptions, EnsembleOptions, VLLMRolloutOptions, RLOOConfi
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}, so that a pass over the rollout "
                 "batch is a whole number of optimizer steps."
             )
-        if self.update_kl_target > self.kl_target:  # type: ignore[operator]
-            raise ValueError(
-                f"update_kl_target={self.update_kl_target:g} is above kl_target={self.kl_target:g}: one update would "
-                f"pass the target of the run. Lower it; the default is kl_target / {UPDATES_TO_TARGET}."
-            )
+        check_kl_options(self)
         check_critic_options(self)
         if self.max_steps >= 1:
             self.check_critic_warmup(self.max_steps)
-        horizon = self.kl_horizon if self.beta > 0 else None
-        if horizon is not None and LARGEST_BATCH_IN_HORIZONS * horizon <= self.generation_batch_size:  # type: ignore[operator]
-            raise ValueError(
-                f"kl_horizon={self.kl_horizon:g} is too short for rollout batches of {self.generation_batch_size} "
-                f"samples: beta could become 0 or negative. It must be above "
-                f"{self.generation_batch_size / LARGEST_BATCH_IN_HORIZONS:g}; "  # type: ignore[operator]
-                f"the default is {HORIZON_IN_BATCHES} rollout batches."
-            )
 
     def warmup_of_critic(self, steps: int) -> int:
         """Optimizer steps that the critic is trained alone, of so many in the run."""

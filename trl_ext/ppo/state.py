@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_ext.ops.kl import PIKL, AdaptiveKL, FixedKL, KLController, PenaltyKL
+from trl_ext.ops.kl import PIKL, AdaptiveKL, FixedKL, KeptDiversity, KLController, PenaltyKL
 from trl_ext.ops.moments import RunningMoments
 from trl_ext.ppo.step import StepControls
 
@@ -33,6 +33,7 @@ class PPOState:
         moments: Of all sequence scores so far.
         rollouts: How many batches there have been.
         steps: Hold the size of updates.
+        diversity: What of it the policy keeps.
         penalty: Moves the coefficient of the KL in the loss, with `policy_objective="kl_penalty"`.
         passes: Optimizer steps of an update, of a pass in it, and passes in one of which the policy takes part.
     """
@@ -42,6 +43,7 @@ class PPOState:
     moments: RunningMoments = field(default_factory=RunningMoments)
     rollouts: int = 0
     steps: StepControls = field(default_factory=lambda: StepControls(0.0, 1))
+    diversity: KeptDiversity = field(default_factory=lambda: KeptDiversity(0.0, 1.0))
     penalty: PenaltyKL | None = None
     passes: tuple[int, int, int] = (1, 1, 1)
 
@@ -53,7 +55,8 @@ class PPOState:
         warmup = args.warmup_of_critic(max(args.max_steps, 0))
         penalised = args.policy_objective == "kl_penalty"
         penalty = PenaltyKL(args.kl_penalty_coef, args.update_kl_target) if penalised else None
-        return cls(make_kl_controller(args), warmup, steps=steps, penalty=penalty, passes=passes)
+        diversity = KeptDiversity(args.diversity_target, args.kl_target)
+        return cls(make_kl_controller(args), warmup, steps=steps, diversity=diversity, penalty=penalty, passes=passes)
 
     def in_warmup(self, step: int) -> bool:
         """Whether this optimizer step trains the critic only."""
@@ -65,21 +68,29 @@ class PPOState:
         return self.in_warmup(step) or step % of_update // of_pass % critic_updates > 0
 
     def record_rollout(
-        self, kl: float | None, explained_variance: float, step: int, samples: int, threshold: float | None = None
+        self,
+        kl: float | None,
+        distinct_2: float,
+        explained_variance: float,
+        step: int,
+        samples: int,
+        threshold: float | None = None,
     ) -> None:
         """React to a rollout batch: beta moves, and the warm-up ends once the critic is as good as was asked.
 
         Args:
             kl: Mean over sequences, nats; None where it was not measured. In the warm-up the policy stands still, and
                 beta with it.
+            distinct_2: Of the completions.
             explained_variance: Of the returns by the critic.
             step: Optimizer steps so far, so that the next one has this number.
             samples: Sequences in the batch, of all processes.
             threshold: `critic_warmup_explained_variance`.
         """
+        self.diversity.record(distinct_2, samples)
         if not self.in_warmup(step):
             if kl is not None:
-                self.kl.update(kl, samples)
+                self.kl.update(self.diversity.held(kl), samples)
         elif threshold is not None and explained_variance >= threshold:
             self.policy_start = step
         self.rollouts += 1
@@ -101,6 +112,7 @@ class PPOState:
         return {
             "moments": self.moments.state_dict(),
             "kl": self.kl.state_dict(),
+            "diversity": self.diversity.state_dict(),
             "policy_start": self.policy_start,
             "rollouts": self.rollouts,
             "steps": self.steps.state_dict(),
@@ -119,6 +131,8 @@ class PPOState:
         """
         self.moments.load_state_dict(saved["moments"])
         self.kl.load_state_dict(saved["kl"])
+        if "diversity" in saved:  # not in checkpoints of earlier versions
+            self.diversity.load_state_dict(saved["diversity"])
         self.rollouts = int(saved["rollouts"])
         self.steps.load_state_dict(saved.get("steps", {}))
         if self.penalty is not None and saved.get("penalty"):

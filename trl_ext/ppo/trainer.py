@@ -254,7 +254,8 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
             figures = completion_figures(rollout, self._sum)
             logged |= {name: value for name, value in figures.items() if name.startswith("completions/")}
             samples, threshold = len(inputs) * self.accelerator.num_processes, args.critic_warmup_explained_variance
-            state.record_rollout(logged.get("kl"), logged["explained_variance"], step, samples, threshold)
+            known = logged.get("kl"), figures["completions/distinct_2"], logged["explained_variance"]
+            state.record_rollout(*known, step, samples, threshold)
             logged |= self.watch.observe(logged | figures, step)
             logged |= timer.metrics() | logging.memory_metrics(device)
             timer.start_update(rollout.tokens() * self.num_iterations)

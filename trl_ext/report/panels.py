@@ -71,7 +71,7 @@ PPO = (
         "KL from the reference",
         {"kl": "KL"},
         "How far the policy is from where it started: nats a completion. The dashed line is the target.",
-        "Climbs to the target and stays within a third of it.",
+        "Climbs to the target and stays within a third of it, or below it where the diversity is held.",
         line=_held,
         band=_near_target,
         evaluated={"eval_kl": "held-out prompts"},

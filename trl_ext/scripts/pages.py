@@ -92,6 +92,7 @@ PPO_MAX = Page(
             ("num_iterations", "2", "Passes over each rollout batch"),
             ("beta", "0.05", "Weight of the KL penalty, where it starts"),
             ("kl_target", "6", "KL per completion that beta holds, nats"),
+            ("diversity_target", "0.85", "Share of its first distinct-2 that the policy keeps; 0: off"),
             ("kl_control", "pi", "pi, adaptive, penalty or fixed"),
             ("critic_learning_rate", "", "Default: 3 times the policy's"),
             ("reward_clip", "0.8", "Clip of the normalised score"),
