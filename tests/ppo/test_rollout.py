@@ -7,6 +7,7 @@ import torch
 
 from tests.ppo import tiny
 from trl_ext import Role
+from trl_ext.ppo.losses import explained_variance
 from trl_ext.ppo.rollout import Rollout, add_advantages, add_kl_and_rewards, score_tokens
 
 EOS, END, NAN = 1, 5, float("nan")
@@ -174,7 +175,8 @@ def test_every_field_has_its_shape(model):
     assert rollout.sampler_logps is rollout.importance is None, "the model itself samples"
     only_if_asked = {"placed", "best_weights", "action_mask"}
     assert all(getattr(rollout, name) is None for name in only_if_asked)
-    by_collect = {"baseline_is_critic", "uncertainty", "per_function", "role_scores", "prompts", "completions"}
+    by_collect = {"baseline_is_critic", "explained", "uncertainty", "per_function", "role_scores"}
+    by_collect |= {"prompts", "completions"}
     for field in fields(Rollout):
         if field.name in by_collect | only_if_asked | {"sampler_logps", "importance"}:
             continue
@@ -216,6 +218,20 @@ def test_a_critic_that_explains_some_or_is_trusted_stays_the_baseline():
         last = 2 - v2
         expected = torch.tensor([[1 + v2 - v1 + 0.5 * last, last], [3 - w1, 0.0]])
         torch.testing.assert_close(rollout.advantages, expected)
+
+
+def test_what_a_critic_explains_of_the_rewards_holds_nothing_of_its_values():
+    """Values that rise along a response and know nothing of its reward: returns at lambda 0 are the next token's."""
+    rollout = make(prompts=[[6], [7]], completions=[[8] * 20, [8] * 20])
+    rollout.rewards = torch.zeros(2, 20)
+    rollout.rewards[0, -1] = 1.0
+    rollout.values = torch.linspace(0, 5, 20).expand(2, 20).clone()
+    add_advantages(rollout, gamma=1.0, lam=0.0, value_lam=0.0, whiten=False, clip=None)
+    of_returns = explained_variance(rollout.values, rollout.returns, rollout.actions)
+    assert of_returns > 0.4
+    assert rollout.explained < -1
+    sums = torch.tensor([[1.0], [0.0]]).expand(2, 20)
+    assert rollout.explained == explained_variance(rollout.values, sums, rollout.actions)
 
 
 def test_what_the_critic_explains_is_of_all_processes():

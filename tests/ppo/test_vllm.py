@@ -186,6 +186,19 @@ def test_what_the_server_is_off_by_is_weighed_in_the_loss(world, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_with_dis_takes_its_ratio_to_the_server(world, tmp_path):
+    sampling = Sampling(world / "base")
+    with StandIn(**sampling.hooks()) as server:
+        options = {"policy_objective": "dis", "epsilon": 0.8, "epsilon_high": 3.0, "critic_warmup_steps": 0}
+        trainer = tiny.trainer(world, tmp_path, max_steps=1, **through(server), **options)
+        policy = tiny.role_weights(trainer.model, Role.POLICY)
+        sampling.off = 0.02
+        trainer.train()
+    assert tiny.rollout_entries(trainer)[0]["ratio_mean"] == pytest.approx(0.98019867, rel=1e-4)
+    assert not tiny.same(tiny.role_weights(trainer.model, Role.POLICY), policy)
+
+
+@pytest.mark.slow
 def test_a_server_that_goes_astray_ends_the_run_with_the_likely_cause(world, tmp_path):
     sampling = Sampling(world / "base")
     with StandIn(**sampling.hooks()) as server:

@@ -94,6 +94,22 @@ def test_ppo_max_on_conversations_with_a_fresh_policy(world, pairs: Path, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("preset", "steps"), [("vapo", 3), ("sao", 6)])
+def test_presets_of_the_critic(world, tmp_path: Path, preset: str, steps: int) -> None:
+    """One rollout batch that trains the critic alone, and two more."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in world.train_prompts.select(range(32))))
+    flags = [f"--config={preset}", f"--model_name_or_path={world.base}", f"--reward_adapter={world.reward_adapter}"]
+    flags += [f"--policy_adapter={world.policy_adapter}", f"--dataset_name={prompts}", f"--max_steps={steps}"]
+    flags += [f"--output_dir={tmp_path / 'out'}", "--per_device_train_batch_size=4", "--max_completion_length=8"]
+    flags += [f"--critic_warmup_steps={steps // 3}", "--learning_rate=1e-3", "--bf16=false", *QUICK]
+    if preset == "vapo":
+        flags.append("--best_lm_score=-100")  # every answer is one of the best
+    launch("ppo_max", tmp_path, *flags)
+    check_equal(tmp_path, "Trainer")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("online", [[], ["--online_every_steps=1", "--max_completion_length=8"]], ids=["", "online"])

@@ -10,7 +10,6 @@ from trl_ext.text import TextEncoder
 from trl_ext.toy.sums import (
     MISTAKES,
     STEPS,
-    build_model,
     build_sums,
     build_tokenizer,
     demonstration,
@@ -20,6 +19,7 @@ from trl_ext.toy.sums import (
     solved,
     step_rewards,
 )
+from trl_ext.toy.words import build_model
 
 PROMPT = "start 9 a add 3 b take 1 c add 2 :"
 RIGHT = " a 9 add 3 makes 2 . b 2 take 1 makes 1 . c 1 add 2 makes 3 . answer 3"

@@ -121,6 +121,7 @@ def rollout_metrics(rollout: Rollout, reduce: Callable[[Tensor], Tensor]) -> dic
         out["reward_uncertainty"] = masked_mean_var(rollout.uncertainty, every_row, reduce)[0].item()
     explained = explained_variance(rollout.values, rollout.returns, mask, reduce=reduce)
     out["explained_variance"] = explained.item()
+    out["explained_variance/monte_carlo"] = rollout.explained
     out["baseline_is_critic"] = float(rollout.baseline_is_critic)
     if rollout.reference_logps is not None:
         difference = torch.where(mask, rollout.logps - rollout.reference_logps, 0.0)

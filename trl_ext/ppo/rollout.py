@@ -67,6 +67,7 @@ class Rollout:
     advantages: Tensor = NOT_YET  # (B, T)
     returns: Tensor = NOT_YET  # (B, T)
     baseline_is_critic: bool = True  # of the advantages; else it is the mean return of the batch
+    explained: float = 0.0  # share of the variance of Monte-Carlo returns that the critic explains
     sampler_logps: Tensor | None = None  # (B, T) under the engine that sampled; None where the model did itself
     importance: Tensor | None = None  # (B, T) what each token counts in the policy's loss; None: 1
     best_weights: Tensor | None = None  # (B,) what each answer counts in the likelihood of the best; None: no such loss
@@ -328,15 +329,17 @@ def add_advantages(
     reduce: Reduce | None = None,
     trust_critic: bool = True,
 ) -> None:
-    """Fill `advantages`, `returns` and `baseline_is_critic`; advantages whitened over all processes, then clipped.
+    """Fill `advantages`, `returns`, `explained` and `baseline_is_critic`.
 
-    They are GAE's with the critic as the baseline. A critic that explains nothing adds its error to them instead of
-    taking variance away: unless it is trusted whatever it does, advantages are then
+    Advantages are whitened over all processes, then clipped. They are GAE's with the critic as the baseline. A critic
+    that explains nothing adds its error to them instead of taking variance away: unless it is trusted whatever it does,
+    advantages are then
 
         A_t = G_t - mean(G)        G_t = sum_{s >= t} gamma^{s - t} r_s
 
     the mean over the tokens of the batch. What decides is the share of the variance of G, which owes the critic
-    nothing, that the critic explains.
+    nothing, that the critic explains. GAE's own returns hold values of the critic, which explains itself in them: with
+    a small lambda and long responses most of them, whatever the rewards are.
 
     Source: Pan et al. 2026, EVPO (arXiv 2604.19485): a critic lowers the variance of the advantages where its explained
     variance is above 0, and raises it elsewhere.
@@ -345,11 +348,11 @@ def add_advantages(
     advantages, rollout.returns = estimate(rollout.rewards, rollout.values, mask, gamma, lam)
     if not (value_lam is lam or (isinstance(lam, float | int) and value_lam == lam)):
         _, rollout.returns = estimate(rollout.rewards, rollout.values, mask, gamma, value_lam)
-    if not trust_critic:
-        sums, _ = estimate(rollout.rewards, torch.zeros_like(rollout.values), mask, gamma, 1.0)
-        rollout.baseline_is_critic = float(explained_variance(rollout.values, sums, mask, reduce=reduce)) > 0
-        if not rollout.baseline_is_critic:
-            advantages = torch.where(mask, sums - masked_mean_var(sums, mask, reduce)[0], 0)
+    sums, _ = estimate(rollout.rewards, torch.zeros_like(rollout.values), mask, gamma, 1.0)
+    rollout.explained = float(explained_variance(rollout.values, sums, mask, reduce=reduce))
+    rollout.baseline_is_critic = trust_critic or rollout.explained > 0
+    if not rollout.baseline_is_critic:
+        advantages = torch.where(mask, sums - masked_mean_var(sums, mask, reduce)[0], 0)
     if whiten:
         advantages = masked_whiten(advantages, mask, reduce=reduce)
     rollout.advantages = advantages if clip is None else advantages.clamp(-clip, clip)
