@@ -62,8 +62,8 @@ def test_the_critic_warms_up_for_five_rollouts_and_at_most_a_tenth_of_the_run(tm
     assert make(tmp_path, critic_warmup_steps=7).warmup_of_critic(10) == 7
 
 
-def test_an_update_may_cover_a_thirty_second_of_the_target_of_the_run(tmp_path):
-    assert make(tmp_path, kl_target=16.0).update_kl_target == 0.5
+def test_an_update_may_cover_a_sixty_fourth_of_the_target_of_the_run(tmp_path):
+    assert make(tmp_path, kl_target=16.0).update_kl_target == 0.25
     assert make(tmp_path, update_kl_target=0.0).update_kl_target == 0.0
 
 
