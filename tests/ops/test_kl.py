@@ -156,7 +156,7 @@ def test_bad_targets_and_horizons_are_errors(bad):
 def seen(diversities, target=0.8, n=32):
     kept = KeptDiversity(target, 6.0)
     for diversity in diversities:
-        kept.record(diversity, n)
+        kept.record(diversity, n, n)
     return kept
 
 
@@ -178,3 +178,14 @@ def test_diversity_is_compared_once_there_is_a_start_and_over_enough_completions
     again = KeptDiversity(0.8, 6.0)
     again.load_state_dict(few.state_dict())
     assert again.held(1.9) == few.held(1.9)
+
+
+def test_the_comparison_begins_anew_where_a_process_has_more_rows_and_without_what_was_undone():
+    kept = seen([0.5] * 5 + [0.1] * 3)
+    assert kept.held(3.0) > 3.0
+    kept.forget_last()
+    assert kept.held(3.0) == 3.0
+    kept.record(0.4, 32, 32)
+    assert kept.held(4.0) == pytest.approx(6.0)
+    kept.record(0.3, 32, 8)  # on four processes
+    assert (kept.first, kept.last, kept.held(3.0)) == ([0.3], [0.3], 3.0)

@@ -21,7 +21,7 @@ def used(tmp_path, **options):
     state = state_of(tmp_path, **options)
     state.moments.update(torch.tensor([1.0, 2.0, 4.0]))
     state.kl.update(100.0, 4)
-    state.diversity.record(0.5, 4)
+    state.diversity.record(0.5, 4, 4)
     state.rollouts = 3
     state.policy_start = 4
     return state
@@ -55,8 +55,8 @@ def test_the_controller_is_the_one_that_was_asked_for(tmp_path, options, kind):
     assert controller.coef == config.beta
 
 
-def observed(state, explained_variance, step, threshold=0.5, kl=6.0, distinct_2=0.5):
-    state.record_rollout(kl, distinct_2, explained_variance, step, 4, threshold)
+def observed(state, explained_variance, step, threshold=0.5, kl=6.0, distinct_2=0.5, rows=4):
+    state.record_rollout(kl, distinct_2, explained_variance, step, 4, rows, threshold)
     return state
 
 
@@ -86,6 +86,15 @@ def test_lost_diversity_raises_beta(tmp_path):
     assert beta(0.25, diversity_target=0.0) == beta(0.5)
     assert beta(0.25, kl_control="adaptive") == beta(0.5, kl_control="adaptive")
     assert beta(0.25, kl_control="adaptive", diversity_target=0.85) > beta(0.5, kl_control="adaptive")
+
+
+def test_a_checkpoint_of_before_keeps_no_diversity(tmp_path, caplog):
+    saved = used(tmp_path).state_dict()
+    del saved["diversity"]
+    state = state_of(tmp_path)
+    state.load_state_dict(saved, 4)
+    assert state.diversity.target == 0.0
+    assert "diversity_target is off" in caplog.text
 
 
 def test_asking_changes_nothing(tmp_path):

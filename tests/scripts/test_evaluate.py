@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -12,9 +13,11 @@ from tests.ppo import tiny
 from tests.report.made import write_run
 from trl_ext import scoring
 from trl_ext.report.lines import as_json
+from trl_ext.run_identity import data_facts
 from trl_ext.scripts import compare
 from trl_ext.scripts import evaluate_policy as evaluate
 from trl_ext.scripts.evaluating import fill_from_run, is_run, make_setting
+from trl_ext.scripts.finished_runs import in_world
 from trl_ext.scripts.inputs import hold_out
 from trl_ext.scripts.prompts_to_answer import choose_prompts, seen_in_training
 from trl_ext.scripts.running import options_of
@@ -254,7 +257,28 @@ def test_what_a_run_has_written_down_is_answered_where_its_data_is_not_named_or_
     write_prompts(tmp_path / "prompts.jsonl", *PROMPTS[40:])
     prompts, said, notes = chosen(str(run))
     assert (prompts, notes) == (held_out, [])
-    assert "prompts.jsonl has changed since, and would hold out others in place of " in said
+    assert said.endswith("prompts.jsonl has changed since, and would hold out others.")
+
+
+def test_data_that_has_grown_is_not_taken_for_what_the_run_held_out(run: Path) -> None:
+    rows, test = hold_out(Dataset.from_dict({"prompt": PROMPTS}))
+    lines = [{"kind": "evaluation", "step": 4, "key": "0", "prompt": test["prompt"][0]}]
+    lines += [{"kind": "evaluation", "step": 8, "key": "0", "prompt": PROMPTS[0], "part": True}]
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    info = json.loads((run / "run.json").read_text()) | {"method": "PPO-Max"}
+    for content, said in ((rows, "by a hash."), (rows.select(range(9)), "would hold out others.")):
+        info["identity"] = data_facts("train_dataset", content)
+        (run / "run.json").write_text(json.dumps(info))
+        assert chosen(str(run))[1].endswith(said)
+    assert chosen(str(run))[0] == test["prompt"][:1]  # of the whole evaluation
+
+
+def test_a_test_set_that_is_named_takes_the_place_of_the_embedded_world() -> None:
+    known = {"world_scale": 1.0, "model_name_or_path": None}
+    names = {"dataset_name": None, "dataset_test_name": None, "dataset_test_split": None}
+    assert in_world(known, SimpleNamespace(**names))
+    for name in names:
+        assert not in_world(known, SimpleNamespace(**names | {name: "x"}))
 
 
 def test_the_reward_of_a_run_is_taken_with_its_weights_and_in_its_order(run: Path) -> None:

@@ -302,7 +302,7 @@ def test_rows_that_a_reward_model_drops_are_counted_on_the_console(tmp_path: Pat
         def __init__(self, model, args, train, test, processing_class):
             self.reports = {"train_dataset": ConversionReport("pairs", rows_read=len(train), rows_kept=len(train) - 2)}
             self.evaluate_pairs, self.save_model = lambda: {"accuracy": 0.5}, MagicMock()
-            self.create_model_card = MagicMock()
+            self.create_model_card, self.state = MagicMock(), SimpleNamespace(log_history=[{"loss": 0.5}])
 
     def ensemble(model, args, seeds, make, starts):
         return (make(model, args) for _ in seeds)

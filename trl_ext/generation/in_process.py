@@ -34,6 +34,7 @@ from trl_ext.roles.held import HeldWeights, empty_base
 
 BASE = "base"
 GIB = 2**30
+PASSED_ON = {"revision", "trust_remote_code", "attn_implementation", "device_map"}  # or of no matter to an engine
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # what vLLM takes for max_lora_rank
 
 
@@ -208,6 +209,12 @@ def engine_first(
         raise ValueError(
             f"vllm_one_copy=True with {PartialState().num_processes} processes: it is for one. Use vllm_server_url."
         )
+    unknown = sorted(set(model_init_kwargs) - PASSED_ON)
+    if unknown:
+        raise ValueError(
+            f"vllm_one_copy=True: {', '.join(unknown)} of model_init_kwargs would not reach the engine. Leave it "
+            "out, or use vllm_server_url."
+        )
     config = load_base_config(model_name_or_path, **model_init_kwargs)
     method = quantization_method(config)
     if method is not None:
@@ -268,7 +275,7 @@ def _start(**options: Any) -> Any:
             import vllm
         except ImportError as error:
             raise ImportError(
-                f"vllm_one_copy=True needs vLLM in the trainer's own environment ({error}); see docs/generation.md. "
+                f"vllm_one_copy=True needs vLLM in the trainer's own environment ({error}); documentation: generation. "
                 "With vllm_server_url it is in another."
             ) from error
         with torch.random.fork_rng(), _plain_layers(vllm):

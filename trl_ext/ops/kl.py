@@ -1,7 +1,7 @@
 """The KL penalty: its estimate from samples, and the controllers of its coefficient."""
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -216,11 +216,25 @@ class KeptDiversity:
 
     def __init__(self, target: float, kl_target: float) -> None:
         self.target, self.kl_target = _non_negative("target", target), _positive("kl_target", kl_target)
+        self.begin(0)
+
+    def begin(self, rows: int) -> None:
+        """Compare with the rollout batches from here on, in which each process has so many sequences."""
         self.first: list[float] = []
         self.last: list[float] = []
+        self.rows = rows
 
-    def record(self, distinct_2: float, n: int) -> None:
-        """Takes a rollout batch's distinct-2 and its number of sequences; of small batches more are taken together."""
+    def record(self, distinct_2: float, n: int, rows: int) -> None:
+        """Take a rollout batch's distinct-2.
+
+        Args:
+            distinct_2: Mean over processes.
+            n: Sequences of the batch; of small ones more are taken together.
+            rows: Those of a process. Of more rows the share of different pairs is lower by itself: where they change,
+                as on another number of processes, the comparison begins anew.
+        """
+        if rows != self.rows:
+            self.begin(rows)
         if len(self.first) < FIRST:
             self.first.append(float(distinct_2))
         self.last = [*self.last, float(distinct_2)][-min(max(FEWEST, math.ceil(TOGETHER / n)), MOST) :]
@@ -228,18 +242,22 @@ class KeptDiversity:
     def held(self, kl: float) -> float:
         """The KL for the controller, in nats, from that of the batch recorded last."""
         start = sum(self.first) / max(len(self.first), 1)
-        if self.target == 0 or len(self.first) < FIRST or start <= 0 or kl <= 0:
+        if self.target == 0 or len(self.first) < FIRST or not self.last or start <= 0 or kl <= 0:
             return kl
         lost = 1 - sum(self.last) / len(self.last) / start
         return max(kl, min(self.kl_target * lost / (1 - self.target), HIGHER * kl))
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """What was recorded of the first batches and of the last."""
-        return {"first": self.first, "last": self.last}
+    def forget_last(self) -> None:
+        """Leave out the last batches, of a policy that was undone."""
+        self.last = []
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded of the first batches and of the last."""
+        return {"first": self.first, "last": self.last, "rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from what `state_dict` returned."""
-        self.first, self.last = list(state["first"]), list(state["last"])
+        self.first, self.last, self.rows = list(state["first"]), list(state["last"]), int(state["rows"])
 
 
 def _non_negative(name: str, value: float) -> float:

@@ -17,6 +17,7 @@ from trl_ext.generation.vllm_server import SamplingParameters, VLLMError
 from trl_ext.ops.masking import masked_mean
 from trl_ext.ops.sampler import importance_weights, sampler_figures, sampler_sums
 from trl_ext.ppo.ahead import RolloutAhead
+from trl_ext.ppo.critic_options import under_deepspeed, under_fsdp
 from trl_ext.ppo.rollout import Rollout
 from trl_ext.roles.held import HeldWeights, check_held, held_by
 from trl_ext.runs import RunGuard
@@ -34,7 +35,14 @@ def check_sampler(args: Any, model: Any, rollout_func: Any) -> None:
     if rollout_func is not None and uses_vllm(args):
         given = f"vllm_server_url={args.vllm_server_url!r}" if args.vllm_server_url else "vllm_one_copy=True"
         raise ValueError(f"rollout_func and {given} do not go together: drop one.")
-    if args.vllm_one_copy and not isinstance(model, str):
+    if not args.vllm_one_copy:
+        return
+    if under_deepspeed(args) or under_fsdp(args):
+        raise ValueError(
+            "vllm_one_copy=True does not go with FSDP or DeepSpeed, which hold the weights in their own way: start "
+            "without, or use vllm_server_url."
+        )
+    if not isinstance(model, str):
         held_by(model)
 
 
@@ -44,9 +52,17 @@ def held_weights(args: Any, model: Any, adapter: Any, **options: Any) -> dict[st
     Args:
         args: `PPOMaxConfig`.
         model, adapter, options: Those of `engine_first`; a model that is loaded already has its engine.
+
+    Raises:
+        ValueError: Prompts of which the longest is not known.
     """
     if not args.vllm_one_copy or not isinstance(model, str):
         return {}
+    if options.get("longest") is None:
+        raise ValueError(
+            "vllm_one_copy=True needs a train_dataset whose prompts can be measured, for the length of the engine's "
+            "sequences: give a Dataset in place of an IterableDataset, or use vllm_server_url."
+        )
     return {"held": engine_first(model, adapter, args, **options)}
 
 

@@ -5,7 +5,6 @@ runs; the horizon of the adaptive KL controller is given in rollout batches by d
 to a batch of 512.
 """
 
-import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ from trl_ext.ppo.critic_options import (
     POLICY_OBJECTIVES,
     CriticOptions,
     check_critic_options,
+    under_fsdp,
 )
 from trl_ext.ppo.ensemble_options import EnsembleOptions
 from trl_ext.ppo.kl_options import KLOptions, check_kl_options, choose_kl_options
@@ -236,8 +236,7 @@ class PPOMaxConfig(CriticOptions, KLOptions, EnsembleOptions, VLLMRolloutOptions
 
         Not under FSDP, whose split weights it cannot step.
         """
-        split = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(self.fsdp)
-        if self._optim_by_base and quantised and not split and self.device.type == "cuda":
+        if self._optim_by_base and quantised and not under_fsdp(self) and self.device.type == "cuda":
             self.optim = OptimizerNames.PAGED_ADAMW_8BIT
 
     def _check_guard(self, evaluated: bool) -> None:

@@ -81,6 +81,11 @@ def under_deepspeed(args: Any) -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" or bool(args.deepspeed)
 
 
+def under_fsdp(args: Any) -> bool:
+    """Whether accelerate or the configuration asks for it."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(args.fsdp)
+
+
 def check_critic_options(args: Any) -> None:
     """Options of which one needs or excludes another.
 

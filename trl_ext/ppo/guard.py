@@ -169,8 +169,9 @@ def watch(seen: dict[str, float], history: Sequence[dict[str, float]], limits: "
         share = seen.get(f"step/shortened/{role}", 1.0)
         if share < 0.02:
             faults[f"{role}_step_too_long"] = f"a step of the {role} was shortened to {share:.2g} of its length"
-    if len(history) >= START and seen["explained_variance"] <= 0:
-        faults["critic_useless"] = f"explained variance {seen['explained_variance']:.2g}"
+    explained = seen.get("explained_variance/monte_carlo", seen["explained_variance"])  # what the baseline goes by
+    if len(history) >= START and explained <= 0:
+        faults["critic_useless"] = f"explained variance {explained:.2g}"
     return faults
 
 

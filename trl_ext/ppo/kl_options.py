@@ -56,9 +56,9 @@ class KLOptions:
     diversity_target: Annotated[float | None, between(0, 0.95)] = field(
         default=None,
         metadata={
-            "help": "Share of its first distinct-2 that the policy keeps: below it beta rises as if the KL were "
-            "higher, at most 1.9 times as high, so that the KL still ends above half of `kl_target`. Default: "
-            f"{DIVERSITY} with `kl_control='pi'`, else 0, which switches it off."
+            "help": "Share of its first distinct-2 that the policy keeps: what it loses counts as KL, all of "
+            "`kl_target` at this share, but no more than 1.9 times the KL itself, so that the KL still ends above half of "
+            f"`kl_target`. Default: {DIVERSITY} with `kl_control='pi'`, else 0, which switches it off."
         },
     )
 

@@ -1,5 +1,6 @@
 """What PPO-Max remembers from one rollout to the next: a plain record, and how it reads in a checkpoint."""
 
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from trl_ext.ops.kl import PIKL, AdaptiveKL, FixedKL, KeptDiversity, KLControlle
 from trl_ext.ops.moments import RunningMoments
 from trl_ext.ppo.step import StepControls
 
+LOGGER = logging.getLogger(__name__)
 KL_INTEGRAL, KL_PROPORTIONAL = 0.1, 1.5
 
 
@@ -74,8 +76,9 @@ class PPOState:
         explained_variance: float,
         step: int,
         samples: int,
+        rows: int,
         threshold: float | None = None,
-    ) -> None:
+    ) -> float | None:
         """React to a rollout batch: beta moves, and the warm-up ends once the critic is as good as was asked.
 
         Args:
@@ -85,15 +88,22 @@ class PPOState:
             explained_variance: Of the returns by the critic.
             step: Optimizer steps so far, so that the next one has this number.
             samples: Sequences in the batch, of all processes.
+            rows: Those of one process.
             threshold: `critic_warmup_explained_variance`.
+
+        Returns:
+            The KL that the controller was told of; None where it was told of none.
         """
-        self.diversity.record(distinct_2, samples)
+        self.diversity.record(distinct_2, samples, rows)
+        held = None
         if not self.in_warmup(step):
             if kl is not None:
-                self.kl.update(self.diversity.held(kl), samples)
+                held = self.diversity.held(kl)
+                self.kl.update(held, samples)
         elif threshold is not None and explained_variance >= threshold:
             self.policy_start = step
         self.rollouts += 1
+        return held
 
     def record_update(self, moved: dict[str, float]) -> None:
         """React to an update of the policy: the coefficient of the KL in the loss doubles or halves.
@@ -131,8 +141,14 @@ class PPOState:
         """
         self.moments.load_state_dict(saved["moments"])
         self.kl.load_state_dict(saved["kl"])
-        if "diversity" in saved:  # not in checkpoints of earlier versions
+        if "diversity" in saved:
             self.diversity.load_state_dict(saved["diversity"])
+        elif self.diversity.target > 0:
+            self.diversity.target = 0.0
+            LOGGER.warning(
+                "the checkpoint is of a version that kept no diversity, and what the policy began with is not known: "
+                "diversity_target is off for the rest of this run"
+            )
         self.rollouts = int(saved["rollouts"])
         self.steps.load_state_dict(saved.get("steps", {}))
         if self.penalty is not None and saved.get("penalty"):

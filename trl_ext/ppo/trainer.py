@@ -258,7 +258,8 @@ class PPOMaxTrainer(RoleTrainer, SeveralSets, BesideTheLoop, TakesTurns, Complet
             logged |= {name: value for name, value in figures.items() if name.startswith("completions/")}
             samples, threshold = len(inputs) * self.accelerator.num_processes, args.critic_warmup_explained_variance
             known = logged.get("kl"), figures["completions/distinct_2"], logged["explained_variance"]
-            state.record_rollout(*known, step, samples, threshold)
+            held = state.record_rollout(*known, step, samples, len(inputs), threshold)
+            logged |= {} if held is None else {"kl_held": held}
             logged |= self.watch.observe(logged | figures, step)
             logged |= timer.metrics() | logging.memory_metrics(device)
             timer.start_update(rollout.tokens() * self.num_iterations)

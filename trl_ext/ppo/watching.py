@@ -122,6 +122,7 @@ class WatchCallback(TrainerCallback, ExportableState):
         if self.going_back and self.snapshots["good"].info:
             good = self.snapshots["good"]
             good.restore(self.optimizer())
+            self.ppo_state.diversity.forget_last()
             self.went_back()
             self._set_pace(self.pace / FACTOR)
             LOGGER.warning("guard, step %d: the policy of step %d is back", state.global_step, int(good.info["step"]))

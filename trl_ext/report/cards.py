@@ -52,7 +52,7 @@ class CardFacts:
     @property
     def base_name(self) -> str:
         """The base as a reader may know it: its id; of a folder the last part."""
-        return _public(self.base) or "a base without a name"
+        return public(self.base) or "a base without a name"
 
     @property
     def title(self) -> str:
@@ -198,7 +198,7 @@ def before_and_after(found: Sequence[Change]) -> list[str]:
 def how(facts: CardFacts, reward: str) -> list[str]:
     """Lines about base, data, reward, seed and versions."""
     rows = facts.facts.get("rows of train_dataset")
-    named = _public(facts.dataset_name)
+    named = public(facts.dataset_name)
     data = f"`{named}`" if named else "a dataset without a name"
     count = f", {rows:,} rows" if isinstance(rows, int) else ""
     digest = facts.facts.get("content of train_dataset")
@@ -317,7 +317,7 @@ def _is_id(name: str | None) -> bool:
     return name is not None and HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def _public(name: str | None) -> str | None:
+def public(name: str | None) -> str | None:
     """A name without the folders around it."""
     return name if name is None or _is_id(name) else Path(name).name
 

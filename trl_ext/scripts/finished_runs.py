@@ -44,4 +44,5 @@ def names_of(policies: Sequence[str]) -> list[str]:
 
 def in_world(known: dict[str, Any], recipe: Any) -> bool:
     """Whether a run was one in the embedded world, and its prompts and rewards are asked for."""
-    return "world_scale" in known and known.get("model_name_or_path") is None and recipe.dataset_name is None
+    named = (recipe.dataset_name, recipe.dataset_test_name, recipe.dataset_test_split)
+    return "world_scale" in known and known.get("model_name_or_path") is None and not any(named)

@@ -145,6 +145,8 @@ def test_prompts(recipe: Any) -> tuple[Dataset, str]:
         ValueError: A split that is not there, or rows that are no prompts.
     """
     name = recipe.dataset_test_name or recipe.dataset_name
+    if name is None:
+        raise ValueError(f"--dataset_test_split {recipe.dataset_test_split}: of what? Give --dataset_test_name.")
     split = recipe.dataset_test_split or ("test" if has_splits(name) else "train")
     config = recipe.dataset_config if recipe.dataset_name in (name, None) else None
     test = load_split(name, split, config=config)

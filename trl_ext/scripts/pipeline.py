@@ -92,6 +92,8 @@ def parse(arguments: list[str]) -> tuple[PipelineArguments, PPOMaxConfig, ModelC
         raise ValueError(f"--judged_prompts {recipe.judged_prompts}: judge at least 1.")
     if training.ptx_coef > 0:
         raise ValueError(f"--ptx_coef {training.ptx_coef}: this recipe has no texts for it. trl-ext ppo-max has.")
+    if training.vllm_one_copy:
+        given.refuse(["vllm_one_copy"], "only trl-ext ppo-max has it. Use vllm_server_url, or drop it.")
     given.refuse(["reward_weights"], "the first reward adapter scores, and no function. Drop it.")
     check_model_flags(given, model_args)  # beside a --policy_adapter the LoRA flags are those of the reward adapters
     return recipe, training, model_args, given

@@ -76,9 +76,13 @@ def check_flags(recipe: PPOArguments, training: PPOMaxConfig, model_args: ModelC
     brought |= {"critic_adapter", "ptx_dataset_name", "auto_batch", "gpu", "use_peft", *LORA}
     check_world_flags(given, in_world, *sorted(brought))
     if in_world:
+        if training.vllm_one_copy:
+            given.refuse(["vllm_one_copy"], "the embedded world has no place for it. Name a model, or drop it.")
         return
     check_prompt_flags(given, recipe)
     check_model_flags(given, model_args, recipe.policy_adapter)
+    if recipe.auto_batch and training.vllm_one_copy:
+        raise ValueError("--auto_batch does not know what the vLLM of vllm_one_copy holds: drop one of them.")
     if not recipe.auto_batch:
         given.refuse(["gpu"], "only --auto_batch fits a run to a card. Set it too, or drop this.")
     if training.ptx_coef > 0 and recipe.ptx_dataset_name is None:

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from trl_ext.report.loading import load_run
+from trl_ext.run_identity import data_facts
 from trl_ext.scripts.arguments import PromptArguments
 from trl_ext.scripts.finished_runs import in_world, is_run
 from trl_ext.scripts.held_out import prompt_key
@@ -16,6 +17,7 @@ from trl_ext.scripts.running import options_of
 
 TRAINING, TEST = ("dataset_name", "dataset_config", "dataset_train_split"), ("dataset_test_name", "dataset_test_split")
 PROMPTS = (*TRAINING, *TEST)
+CONTENT = "content of train_dataset"
 WORLD = ("world_scale", "world_seed", "seed")  # by these a run in the embedded world has its prompts
 
 
@@ -86,7 +88,7 @@ def choose_prompts(recipe: Any, known: dict[str, Any], adapter: str, base: Path)
             )
         return Chosen(Dataset.from_list(recorded), f"Prompts: those that {adapter} was evaluated on, as it has them.")
     rows = training_prompts(recipe)
-    _, test = hold_out(rows)
+    train, test = hold_out(rows)
     if test is rows:
         return Chosen(test, f"Prompts: all of {name}, which has too few to hold some out.")
     if not names_same(PromptArguments(**named(known)), recipe):
@@ -97,21 +99,30 @@ def choose_prompts(recipe: Any, known: dict[str, Any], adapter: str, base: Path)
     held = {prompt_key(prompt) for prompt in test["prompt"]}
     recorded = recorded_prompts(adapter)
     missing = sum(prompt_key(row["prompt"]) not in held for row in recorded)
-    if missing:
+    if missing or (recorded and not same_content(adapter, train)):
         return Chosen(
             Dataset.from_list(recorded),
-            f"Prompts: those that {adapter} was evaluated on, as it has them: {name} has changed since, and would hold "
-            f"out others in place of {missing:,} of these {len(recorded):,}.",
+            f"Prompts: those that {adapter} was evaluated on, as it has them, without other columns: {name} has "
+            "changed since, and would hold out others.",
         )
     return Chosen(test, f"Prompts: those of {name} that {adapter} held out of its training, by a hash.")
 
 
 def recorded_prompts(adapter: str) -> list[dict[str, Any]]:
-    """Rows with the prompts of a run's last evaluation, in order; none where it was not evaluated."""
+    """Rows with the prompts of a run's last whole evaluation, in order; none where it was not evaluated."""
     evaluations = load_run(adapter).evaluations if is_run(adapter) else {}
-    if not evaluations:
-        return []
-    return [{"prompt": line["prompt"]} for line in evaluations[max(evaluations)].values()]
+    whole = [step for step, lines in evaluations.items() if not any(line.get("part") for line in lines.values())]
+    return [{"prompt": line["prompt"]} for line in evaluations[max(whole)].values()] if whole else []
+
+
+def same_content(adapter: str, train: Dataset) -> bool:
+    """Whether a run was trained on these rows; of one that has not written that down it is taken to be so.
+
+    RRHF writes down its responses, and not the prompts that they are of.
+    """
+    info = load_run(adapter).info if is_run(adapter) else {}
+    content = (info.get("identity") or {}).get(CONTENT) if info.get("method") == "PPO-Max" else None
+    return content is None or content == data_facts("train_dataset", train)[CONTENT]
 
 
 def world_prompts(known: dict[str, Any], base: Path) -> tuple[Any, Any]:
@@ -174,7 +185,8 @@ def seen_in_training(policies: list[str], recipe: Any, prompts: list[Any]) -> li
         by_hash = own.dataset_test_name is None and own.dataset_test_split is None and test is not train
         if by_hash and recorded.issuperset(asked):  # held out, even if the data has changed since
             continue
-        trained = {prompt_key(prompt) for prompt in train["prompt"]}
+        prompts_of = train["prompt"][: known.get("max_prompts") or len(train)]
+        trained = {prompt_key(prompt) for prompt in prompts_of}
         seen = sum(key in trained for key in asked)
         if not seen:
             continue

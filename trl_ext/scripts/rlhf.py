@@ -149,6 +149,8 @@ def check_flags(recipe: RLHFArguments, training: PPOMaxConfig, model_args: Model
     """
     from trl_ext.scripts.judging import check_label_page, check_model_judge
 
+    if training.vllm_one_copy:
+        given.refuse(["vllm_one_copy"], "only trl-ext ppo-max has it. Use vllm_server_url, or drop it.")
     in_world = model_args.model_name_or_path is None
     check_world_flags(given, in_world, *OF_DATA, "policy_adapter")
     if in_world:

@@ -273,9 +273,10 @@ def run_rewards(work: Work, number: int, sets: Mapping[str, Dataset], starts: Se
         accuracies.append(float(trainer.evaluate_pairs()["accuracy"]))
         work.show(f"reward model {len(accuracies)}: test accuracy {accuracies[-1]:.3f}")
         trainer.save_model()
-        labels = "".join(f", labels of round {before}" for before in range(2, number + 1))
-        trainer.dataset_name = (work.recipe.preferences or "embedded world") + labels
-        trainer.create_model_card(f"{work.folder.name}, reward model {len(accuracies)} of round {number}")
+        trainer.dataset_name = work.recipe.preferences or "embedded world"
+        title = f"{work.folder.name}, reward model {len(accuracies)} of round {number}"
+        if trainer.state.log_history or not (Path(trainer.args.output_dir) / "README.md").is_file():
+            trainer.create_model_card(title + (f", with the labels of rounds 1 to {number}" if number > 1 else ""))
     model.unload()
     work.base.activation_checkpointing_disable()
     work.base.requires_grad_(False)

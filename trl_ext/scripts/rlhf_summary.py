@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_ext.report.cards import CardFacts, CardKind, loading, whole_card, write_card
+from trl_ext.report.cards import CardFacts, CardKind, loading, public, whole_card, write_card
 
 SFT_KIND = CardKind(
     "text-generation",
@@ -35,7 +35,10 @@ COLUMNS = {
 
 def table_of(course: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the rounds."""
-    columns = [name for name in COLUMNS if name != "gold" or "gold" in course[0]]
+    lacking = set() if "gold" in course[0] else {"gold"}
+    if len(course[0]["accuracy"]) == 1:  # the only one pays: none is left to judge
+        lacking.add("judge")
+    columns = [name for name in COLUMNS if name not in lacking]
     rows = []
     for found in course:
         cells = {"test accuracy": sum(found["accuracy"]) / len(found["accuracy"])} | dict(found)
@@ -60,7 +63,7 @@ def write_summary(
         judged: What `rlhf_rounds.judge` returns; None where nobody judged.
     """
     columns, rows = table_of(course)
-    base = work.model_args.model_name_or_path or "the embedded world"
+    base = public(work.model_args.model_name_or_path) or "the embedded world"
     lines = [f"# {work.folder.name}", "", f"What `trl-ext rlhf` made of `{base}`.", ""]
     lines += ["## Rounds, on held-out prompts", "", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
@@ -69,15 +72,13 @@ def write_summary(
     if len(course) > 1:
         lines += ["", "![scores by round](rounds.png)"]
     if judged is not None:
-        low, high = judged["interval"]
-        share = f"{judged['rate']:.3f} ({low:.3f} to {high:.3f})"
-        lines += [
-            "",
-            "## Judgement",
-            "",
-            f"By {WHO[judged['judge']]}, on {judged['judged']:,} held-out prompts: the tuned",
-        ]
-        lines[-1] += f" policy is better than the SFT policy in a share of {share}."
+        lines += ["", "## Judgement", "", f"By {WHO[judged['judge']]}, on {judged['judged']:,} held-out prompts:"]
+        if judged["judged"]:
+            low, high = judged["interval"]
+            lines[-1] += f" the tuned policy's win rate against the SFT policy is {judged['rate']:.3f} ({low:.3f} to"
+            lines[-1] += f" {high:.3f}); a tie counts half."
+        else:
+            lines[-1] += " no pair has a verdict."
         lines += ["Wins, ties, losses and the length-controlled rate are in [judge/result.json](judge/result.json)."]
     lines += ["", "## What is where", ""]
     for what, folder in places.items():
@@ -90,7 +91,7 @@ def write_summary(
         "",
         "## Next",
         "",
-        "Read answers in the report, and see what the policy refuses, before anybody else has it:",
+        "Read answers in the report, and see what the policy refuses, before anybody else has it. In this folder:",
     ]
     lines += ["", f"    trl-ext red-team --policy {last}"]
     path = work.folder / "README.md"
@@ -106,5 +107,5 @@ def write_sft_card(work: Any, trainer: Any) -> None:
     card = CardFacts(args, base, trainer.state.log_history, None, facts, f"{work.folder.name}, SFT", data)
     what = f"A LoRA adapter on `{card.base_name}`, fine-tuned on demonstrations by TRL's SFTTrainer."
     body = [what, "", *loading(card)]
-    evaluation = ["None was made of this stage: the policies that begin here are compared with it."]
+    evaluation = ["None was made of this stage."]
     write_card(str(args.output_dir), whole_card(card, SFT_KIND, body, "none, it imitates its data", evaluation))
