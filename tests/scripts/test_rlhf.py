@@ -57,7 +57,7 @@ def test_what_cannot_be_honoured_is_refused(flags, message):
 
 def test_the_world_has_its_own_configurations_and_a_run_of_ones_own_others():
     recipe, training, *_ = rlhf.parse([])
-    assert (recipe.sft_config, recipe.reward_config, recipe.labels_from) == ("sft_toy", "reward_toy", "gold")
+    assert (recipe.sft_config, recipe.reward_config, recipe.labels_from) == ("sft_toy", "reward_rlhf_toy", "gold")
     assert training.use_cpu
     recipe, *_ = rlhf.parse([*OWN, "--sft_dataset=d"])
     assert (recipe.sft_config, recipe.labels_from) == ("sft", "people")

@@ -105,7 +105,7 @@ def parse(arguments: list[str]) -> tuple[RLHFArguments, PPOMaxConfig, ModelConfi
     recipe, training, model_args, given = parser.parse(arguments, default)
     in_world = model_args.model_name_or_path is None
     if in_world:
-        for name, value in (("sft_config", "sft_toy"), ("reward_config", "reward_toy")):
+        for name, value in (("sft_config", "sft_toy"), ("reward_config", "reward_rlhf_toy")):
             if name not in given:
                 setattr(recipe, name, value)
     recipe.labels_from = recipe.labels_from or ("gold" if in_world else "people")
