@@ -57,8 +57,8 @@ class KLOptions:
         default=None,
         metadata={
             "help": "Share of its first distinct-2 that the policy keeps: what it loses counts as KL, all of "
-            "`kl_target` at this share, but no more than 1.9 times the KL itself, so that the KL still ends above half of "
-            f"`kl_target`. Default: {DIVERSITY} with `kl_control='pi'`, else 0, which switches it off."
+            "`kl_target` at this share, but no more than 1.9 times the KL itself, so that the KL still ends above half "
+            f"of `kl_target`. Default: {DIVERSITY} with `kl_control='pi'`, else 0, which switches it off."
         },
     )
 
