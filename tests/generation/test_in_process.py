@@ -10,6 +10,7 @@ from trl_ext import Role, SharedBaseModel
 from trl_ext.generation.in_process import engine_first, weights_of
 from trl_ext.generation.vllm_options import VLLMRolloutOptions
 from trl_ext.generation.vllm_server import VLLMError
+from trl_ext.ppo.completing import check_sampler, held_weights
 from trl_ext.roles.held import HeldWeights, check_held, empty_base
 
 LARGEST = "sampling/sampling_logp_difference/max"
@@ -163,6 +164,22 @@ def test_without_vllm_in_the_environment_the_error_says_where_it_belongs(world, 
 def test_a_quantisation_that_vllm_does_not_have_is_refused_before_it_is_started(world):
     with pytest.raises(ValueError, match="NF4 alone"):
         engine_first(str(world / "base"), None, options(), quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+def test_options_of_the_model_that_would_not_reach_the_engine_are_refused_by_name(world):
+    with pytest.raises(ValueError, match="rope_scaling of model_init_kwargs would not reach the engine"):
+        engine_first(str(world / "base"), None, options(), rope_scaling={"rope_type": "linear", "factor": 2.0})
+
+
+def test_one_copy_goes_with_no_engine_that_holds_the_weights_itself(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="vllm_one_copy=True does not go with FSDP or DeepSpeed"):
+        check_sampler(tiny.config(tmp_path, vllm_one_copy=True), str(world / "base"), None)
+
+
+def test_one_copy_needs_prompts_whose_length_is_known(world, tmp_path):
+    with pytest.raises(ValueError, match="a train_dataset whose prompts can be measured"):
+        held_weights(tiny.config(tmp_path, vllm_one_copy=True), str(world / "base"), None, longest=None)
 
 
 @pytest.mark.parametrize(

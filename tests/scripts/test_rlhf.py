@@ -39,6 +39,7 @@ OWN = ["--model_name_or_path=m", "--output_dir=x", "--use_cpu", "--preferences=p
         (["--judge_model=m"], "--judge_model: no model judges"),
         (["--label_port=1"], "--label_port: no people are asked"),
         (["--ptx_coef=1"], "--ptx_coef 1.0"),
+        (["--vllm_one_copy=true"], "--vllm_one_copy: only trl-ext ppo-max has it"),
         (["--resume_from_checkpoint=true"], "goes on by itself"),
         (["--reward_weights", "1"], "--reward_weights: reward models score"),
         ([*OWN], "give --sft_dataset"),
