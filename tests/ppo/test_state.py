@@ -95,6 +95,9 @@ def test_a_checkpoint_of_before_keeps_no_diversity(tmp_path, caplog):
     state.load_state_dict(saved, 4)
     assert state.diversity.target == 0.0
     assert "diversity_target is off" in caplog.text
+    again = state_of(tmp_path)
+    again.load_state_dict(json.loads(json.dumps(state.state_dict())), 4)
+    assert again.diversity.target == 0.0, "for the rest of the run"
 
 
 def test_asking_changes_nothing(tmp_path):

@@ -9,7 +9,7 @@ from trl_ext.ops.masking import check_same_shape
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 FIRST = 5  # rollout batches whose diversity the later ones are compared with
-FEWEST, MOST = 3, 10  # of the last rollout batches, taken together
+FEWEST, MOST = 3, 2 * FIRST  # of the last rollout batches, taken together
 TOGETHER = 32  # completions that they are of, at least
 HIGHER = 1.9  # times the KL: the most that a loss of diversity counts for
 
@@ -252,12 +252,13 @@ class KeptDiversity:
         self.last = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What was recorded of the first batches and of the last."""
-        return {"first": self.first, "last": self.last, "rows": self.rows}
+        """What was recorded of the first batches and of the last, and the target, which a run may have given up."""
+        return {"target": self.target, "first": self.first, "last": self.last, "rows": self.rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from what `state_dict` returned."""
-        self.first, self.last, self.rows = list(state["first"]), list(state["last"]), int(state["rows"])
+        self.target, self.rows = _non_negative("target", state["target"]), int(state["rows"])
+        self.first, self.last = list(state["first"]), list(state["last"])
 
 
 def _non_negative(name: str, value: float) -> float:

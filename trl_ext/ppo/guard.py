@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
+from trl_ext.ops.kl import FIRST, TOGETHER
 from trl_ext.ppo.config import GUARD_ACTS
 from trl_ext.ppo.rollout import Reduce, Rollout
 
 LOGGER = logging.getLogger(__name__)
-START = 5  # rollout batches that the later ones are compared with
+START = FIRST  # rollout batches that the later ones are compared with
 LASTING = 2  # rollout batches in a row that show a fault before it is an alarm
 PATIENCE = 3  # rollout batches that an act is given to help before the next one, if each is of enough completions
-ENOUGH = 32  # completions whose mean is compared; of smaller rollout batches several are taken together
+ENOUGH = TOGETHER  # completions whose mean is compared; of smaller rollout batches several are taken together
 ERRORS = 3  # standard errors by which a mean of few completions must differ, beside its limit
 QUIET = 6  # rollout batches without an alarm after which acts begin anew
 SNAPSHOT_EVERY = 3  # rollout batches between two good policies that are kept
